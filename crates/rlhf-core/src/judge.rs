@@ -1,0 +1,118 @@
+//! Models that judge completions: rewards, constraints, values.
+
+use rayon::prelude::*;
+use tch::Tensor;
+
+use crate::{Completions, Error, Parameters, Result, SequenceBatch, Text};
+
+/// How good a completion is.
+pub trait RewardModel: Send {
+    /// One finite number per completion, the greater the better.
+    ///
+    /// # Shapes
+    /// `[B]` f32.
+    ///
+    /// # Errors
+    /// Whatever the model finds wrong, wrapped by [`Error::model`] if it is not an [`Error`].
+    fn score(&self, completions: &Completions) -> Result<Tensor>;
+}
+
+/// How much a completion offends against a rule.
+///
+/// A trainer compares the cost with a threshold that its configuration holds; what it does with
+/// a completion above it is the trainer's affair.
+pub trait ConstraintModel: Send {
+    /// One finite number per completion, the greater the worse.
+    ///
+    /// # Shapes
+    /// `[B]` f32.
+    ///
+    /// # Errors
+    /// Whatever the model finds wrong, wrapped by [`Error::model`] if it is not an [`Error`].
+    fn cost(&self, completions: &Completions) -> Result<Tensor>;
+}
+
+/// The critic: how much reward is still to come.
+pub trait ValueModel: Parameters + Send {
+    /// Values of the states along each response.
+    ///
+    /// Column `t < R_i` of row `i` is the value of the state *before* response token `t`, and
+    /// column `R_i` that of the state after the last one. Columns past `R_i` may hold anything
+    /// finite.
+    ///
+    /// # Shapes
+    /// `[B, R + 1]` f32, with `R` the batch's longest response.
+    ///
+    /// # Errors
+    /// Whatever the model finds wrong, wrapped by [`Error::model`] if it is not an [`Error`].
+    fn values(&self, batch: &SequenceBatch) -> Result<Tensor>;
+}
+
+impl<M: RewardModel + ?Sized> RewardModel for Box<M> {
+    fn score(&self, completions: &Completions) -> Result<Tensor> {
+        (**self).score(completions)
+    }
+}
+
+impl<M: ConstraintModel + ?Sized> ConstraintModel for Box<M> {
+    fn cost(&self, completions: &Completions) -> Result<Tensor> {
+        (**self).cost(completions)
+    }
+}
+
+/// A reward computed by a closure over `(prompt, response)`; see [`reward_fn`].
+pub struct RewardFn<F>(F);
+
+/// A constraint computed by a closure over `(prompt, response)`; see [`constraint_fn`].
+pub struct ConstraintFn<F>(F);
+
+/// A reward model from a closure over the texts of prompt and response. The completions of a
+/// batch are scored in parallel.
+///
+/// ```
+/// use rlhf_core::{Completions, RewardModel, Sequence, SequenceBatch, Text, reward_fn};
+///
+/// let brevity = reward_fn(|_prompt, response| -(response.len() as f64));
+/// let batch = SequenceBatch::new(vec![Sequence::new([1], [2, 3])])?;
+/// let text = Text { prompt: "Hello".into(), response: "Hi".into() };
+/// let scores = brevity.score(&Completions::written(batch).with_texts(vec![text])?)?;
+/// assert_eq!(scores.double_value(&[0]), -2.0);
+/// # Ok::<(), rlhf_core::Error>(())
+/// ```
+pub fn reward_fn<F: Fn(&str, &str) -> f64 + Send + Sync>(f: F) -> RewardFn<F> {
+    RewardFn(f)
+}
+
+/// A constraint model from a closure over the texts of prompt and response. The completions of a
+/// batch are judged in parallel.
+pub fn constraint_fn<F: Fn(&str, &str) -> f64 + Send + Sync>(f: F) -> ConstraintFn<F> {
+    ConstraintFn(f)
+}
+
+impl<F: Fn(&str, &str) -> f64 + Send + Sync> RewardModel for RewardFn<F> {
+    fn score(&self, completions: &Completions) -> Result<Tensor> {
+        judge_texts("reward", completions.texts()?, &self.0)
+    }
+}
+
+impl<F: Fn(&str, &str) -> f64 + Send + Sync> ConstraintModel for ConstraintFn<F> {
+    fn cost(&self, completions: &Completions) -> Result<Tensor> {
+        judge_texts("cost", completions.texts()?, &self.0)
+    }
+}
+
+fn judge_texts(
+    what: &'static str,
+    texts: &[Text],
+    judge: &(impl Fn(&str, &str) -> f64 + Sync),
+) -> Result<Tensor> {
+    let values: Vec<f64> = texts
+        .par_iter()
+        .map(|t| judge(&t.prompt, &t.response))
+        .collect();
+    if let Some(row) = values.iter().position(|v| !v.is_finite()) {
+        let value = values[row];
+        return Err(Error::NonFinite { what, row, value });
+    }
+    Ok(Tensor::from_slice(&values).to_kind(tch::Kind::Float))
+}

@@ -1,0 +1,1 @@
+//! Hugging Face language models, tokenizers and datasets for the rlhf crates.
