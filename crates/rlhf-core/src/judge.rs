@@ -48,6 +48,29 @@ pub trait ValueModel: Parameters + Send {
     fn values(&self, batch: &SequenceBatch) -> Result<Tensor>;
 }
 
+/// A model whose judgement of sequences is trained: what becomes a reward, cost or label model.
+///
+/// [`RewardModel`] is the same model in use; `Scorer` is what its trainer needs: weights, and
+/// scores through which gradients flow unless the caller has switched them off
+/// (`tch::no_grad_guard`).
+pub trait Scorer: Parameters + Send {
+    /// Scores of every whole sequence, prompt and response together: one number each for a
+    /// reward model, one logit per label for a classifier.
+    ///
+    /// # Shapes
+    /// `[B, num_labels]` f32.
+    ///
+    /// # Errors
+    /// Whatever the model finds wrong, wrapped by [`Error::model`] if it is not an [`Error`].
+    fn scores(&self, batch: &SequenceBatch) -> Result<Tensor>;
+}
+
+impl<M: Scorer + ?Sized> Scorer for Box<M> {
+    fn scores(&self, batch: &SequenceBatch) -> Result<Tensor> {
+        (**self).scores(batch)
+    }
+}
+
 impl<M: RewardModel + ?Sized> RewardModel for Box<M> {
     fn score(&self, completions: &Completions) -> Result<Tensor> {
         (**self).score(completions)

@@ -18,7 +18,8 @@ pub use completions::{Completions, Detokenize, FinishReason, Text};
 pub use decoder::{Decoder, RecomputeDecoder};
 pub use error::{Error, Result, check_same_shape};
 pub use judge::{
-    ConstraintFn, ConstraintModel, RewardFn, RewardModel, ValueModel, constraint_fn, reward_fn,
+    ConstraintFn, ConstraintModel, RewardFn, RewardModel, Scorer, ValueModel, constraint_fn,
+    reward_fn,
 };
 pub use logprobs::{TokenLogprobs, entropy, gather_logprobs, response_logprobs};
 pub use masked::{
