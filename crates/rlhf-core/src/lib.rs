@@ -2,6 +2,7 @@
 //! generation, checkpoints and observers.
 
 mod completions;
+mod cursor;
 mod decoder;
 mod error;
 mod judge;
@@ -15,6 +16,7 @@ mod preference;
 mod sequence;
 
 pub use completions::{Completions, Detokenize, FinishReason, Text};
+pub use cursor::{DataCursor, DataOrder};
 pub use decoder::{Decoder, RecomputeDecoder};
 pub use error::{Error, Result, check_same_shape};
 pub use judge::{
