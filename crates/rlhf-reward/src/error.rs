@@ -1,0 +1,53 @@
+//! What can go wrong when a scorer is trained.
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// An error of `rlhf-reward`.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A batch, a model or a file is not as it should be.
+    #[error(transparent)]
+    Core(#[from] rlhf_core::Error),
+    /// The scorer does not give one number per sequence.
+    #[error(
+        "the scorer gave {shape:?} for {sequences} sequences; {objective} needs [{sequences}, 1]"
+    )]
+    NotAReward {
+        /// Shape of the scores.
+        shape: Vec<i64>,
+        /// Sequences that were scored.
+        sequences: usize,
+        /// What was being computed.
+        objective: &'static str,
+    },
+    /// A class label that the scorer has no logit for.
+    #[error("text {row} has label {label} but the scorer knows 0..{num_labels}")]
+    LabelOutOfRange {
+        /// Position in the batch.
+        row: usize,
+        /// The label.
+        label: i64,
+        /// Labels of the scorer.
+        num_labels: i64,
+    },
+    /// Classes and scores in one batch.
+    #[error("text {row} has a {found} label but text 0 has a {expected} one; use one kind for all")]
+    MixedLabels {
+        /// Position in the batch.
+        row: usize,
+        /// Kind of this text's label.
+        found: &'static str,
+        /// Kind of the first text's label.
+        expected: &'static str,
+    },
+    /// Scores that do not differ cannot be brought to deviation 1.
+    #[error("{count} calibration scores have deviation {deviation}; they must differ")]
+    Uncalibrated {
+        /// How many scores there were.
+        count: usize,
+        /// Their standard deviation.
+        deviation: f64,
+    },
+}
