@@ -1,0 +1,34 @@
+//! Compiles the C++ shim against the libtorch that torch-sys found.
+
+use std::env;
+use std::path::PathBuf;
+
+fn main() {
+    println!("cargo:rerun-if-changed=csrc/shim.cpp");
+    println!("cargo:rerun-if-env-changed=LIBTORCH_INCLUDE");
+    println!("cargo:rerun-if-env-changed=LIBTORCH_CXX11_ABI");
+    if env::var_os("CARGO_FEATURE_DOC_ONLY").is_some() {
+        return;
+    }
+    let Some(lib) = env::var_os("DEP_TCH_LIBTORCH_LIB").map(PathBuf::from) else {
+        panic!("torch-sys did not say where libtorch is; its version is not one this crate knows");
+    };
+    let include = match env::var_os("LIBTORCH_INCLUDE") {
+        Some(root) => PathBuf::from(root).join("include"),
+        None => lib.join("..").join("include"),
+    };
+    let abi = env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".to_string());
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .warnings(false)
+        .include(&include)
+        .include(include.join("torch/csrc/api/include"))
+        .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
+        .file("csrc/shim.cpp")
+        .compile("rlhf_scale_shim");
+    // A static library must come before the ones whose symbols it uses, so torch-sys's own
+    // mention of these two may be too early for it.
+    println!("cargo:rustc-link-lib=torch_cpu");
+    println!("cargo:rustc-link-lib=c10");
+}

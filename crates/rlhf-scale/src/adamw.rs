@@ -1,0 +1,258 @@
+//! AdamW on libtorch's fused kernels.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use rlhf_core::Error as CoreError;
+use tch::{Device, Kind, Tensor};
+
+use crate::ffi::{self, FusedAdamW};
+use crate::gradients::grad_of;
+use crate::{AdamWConfig, Error, Result, io};
+
+/// AdamW with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), by the same fused
+/// kernel as PyTorch's `torch.optim.AdamW(fused=True)`.
+///
+/// With the gradient `g` of step `t` each weight `p` becomes
+///
+/// ```text
+/// p ← p (1 - lr λ);   m ← β₁ m + (1 - β₁) g;   v ← β₂ v + (1 - β₂) g²
+/// p ← p - lr · m / (1 - β₁ᵗ) / (√v / √(1 - β₂ᵗ) + ε)
+/// ```
+///
+/// 16-bit parameters have an f32 master copy and f32 moments: the step runs in f32 and its rounded
+/// result is copied back, so that steps smaller than the parameter's resolution add up. A
+/// parameter changed by other hands is therefore overwritten at the next step; load its new value
+/// through [`AdamW::refresh_masters`].
+///
+/// A parameter without a gradient is skipped, its step count too, as in PyTorch.
+#[derive(Debug)]
+pub struct AdamW {
+    config: AdamWConfig,
+    slots: Vec<Slot>,
+    groups: Vec<Group>,
+}
+
+/// One parameter and its state.
+#[derive(Debug)]
+struct Slot {
+    name: String,
+    param: Tensor,
+    /// What the kernel updates: the parameter itself, or its f32 master copy.
+    weight: Tensor,
+    has_master: bool,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    group: usize,
+}
+
+/// What the parameters of one kernel call have in common.
+#[derive(Debug, PartialEq)]
+struct Group {
+    device: Device,
+    kind: Kind,
+    weight_decay: f64,
+}
+
+impl AdamW {
+    /// An optimiser of `params` with zero moments.
+    ///
+    /// # Errors
+    /// If the config is invalid, a name comes twice, or a parameter cannot be trained: not a leaf
+    /// that requires gradients, not a floating-point kind, or a view with gaps.
+    pub fn new(params: Vec<(String, Tensor)>, config: &AdamWConfig) -> Result<Self> {
+        config.validate()?;
+        let mut names = HashSet::new();
+        let mut optimizer = Self {
+            config: config.clone(),
+            slots: Vec::with_capacity(params.len()),
+            groups: Vec::new(),
+        };
+        for (name, param) in params {
+            if !names.insert(name.clone()) {
+                return Err(Error::DuplicateName { name });
+            }
+            optimizer.add(name, param)?;
+        }
+        Ok(optimizer)
+    }
+
+    /// The options this optimiser was made with.
+    pub fn config(&self) -> &AdamWConfig {
+        &self.config
+    }
+
+    /// One step from the parameters' gradients, with the learning rate `config.lr * lr_factor`.
+    ///
+    /// # Errors
+    /// [`Error::NoGradients`] if no parameter has one, in which case nothing changes.
+    pub fn step(&mut self, lr_factor: f64) -> Result<()> {
+        let grads = self
+            .slots
+            .iter()
+            .map(|slot| grad_of(&slot.param))
+            .collect::<Result<Vec<_>>>()?;
+        self.step_with(&grads, lr_factor)
+    }
+
+    /// [`AdamW::step`] from `grads`, one for each parameter in order.
+    pub(crate) fn step_with(&mut self, grads: &[Option<Tensor>], lr_factor: f64) -> Result<()> {
+        // All that allocates, and so may fail, comes before the first weight changes.
+        let grads = self
+            .slots
+            .iter()
+            .zip(grads)
+            .map(|(slot, grad)| grad.as_ref().map(|grad| slot.aligned(grad)).transpose())
+            .collect::<Result<Vec<_>>>()?;
+        if grads.iter().all(Option::is_none) {
+            return Err(Error::NoGradients {
+                parameters: self.slots.len(),
+            });
+        }
+        let mut calls: Vec<FusedAdamW<'_>> = Vec::new();
+        calls.resize_with(self.groups.len(), FusedAdamW::default);
+        let (mut params, mut masters) = (Vec::new(), Vec::new());
+        for (slot, grad) in self.slots.iter().zip(&grads) {
+            let Some(grad) = grad else { continue };
+            let call = &mut calls[slot.group];
+            call.params.push(&slot.weight);
+            call.grads.push(grad);
+            call.exp_avgs.push(&slot.exp_avg);
+            call.exp_avg_sqs.push(&slot.exp_avg_sq);
+            call.steps.push(&slot.step);
+            if slot.has_master {
+                params.push(&slot.param);
+                masters.push(&slot.weight);
+            }
+        }
+        let lr = self.config.lr * lr_factor;
+        for (call, group) in calls.iter().zip(&self.groups) {
+            if !call.params.is_empty() {
+                call.step(lr, &self.config, group.weight_decay)?;
+            }
+        }
+        if !params.is_empty() {
+            ffi::copy_all(&params, &masters)?;
+        }
+        Ok(())
+    }
+
+    /// Makes the f32 master copies anew from the 16-bit parameters, after something other than this
+    /// optimiser has written to them. Moments and step counts stay.
+    ///
+    /// # Errors
+    /// Only if libtorch fails.
+    pub fn refresh_masters(&mut self) -> Result<()> {
+        let with_master = || self.slots.iter().filter(|slot| slot.has_master);
+        let masters: Vec<&Tensor> = with_master().map(|slot| &slot.weight).collect();
+        let params: Vec<&Tensor> = with_master().map(|slot| &slot.param).collect();
+        if masters.is_empty() {
+            return Ok(());
+        }
+        ffi::copy_all(&masters, &params)
+    }
+
+    /// The state by name, aliasing the live tensors: `exp_avg.NAME`, `exp_avg_sq.NAME`,
+    /// `step.NAME`, and `master.NAME` for 16-bit parameters.
+    pub fn state(&self) -> Vec<(String, Tensor)> {
+        let mut state = Vec::with_capacity(4 * self.slots.len());
+        for slot in &self.slots {
+            let mut add = |part: &str, tensor: &Tensor| {
+                state.push((format!("{part}.{}", slot.name), tensor.shallow_clone()));
+            };
+            add("exp_avg", &slot.exp_avg);
+            add("exp_avg_sq", &slot.exp_avg_sq);
+            add("step", &slot.step);
+            if slot.has_master {
+                add("master", &slot.weight);
+            }
+        }
+        state
+    }
+
+    /// Writes [`AdamW::state`] to a safetensors file.
+    ///
+    /// # Errors
+    /// As [`io::save_tensors`].
+    pub fn save(&self, path: &Path) -> Result<()> {
+        io::save_tensors(path, &self.state())
+    }
+
+    /// Restores what [`AdamW::save`] wrote, master copies included. The parameters themselves are
+    /// not in that file.
+    ///
+    /// # Errors
+    /// As [`io::load_tensors_into`]; the state is then unchanged.
+    pub fn load(&mut self, path: &Path) -> Result<()> {
+        io::load_tensors_into(path, &self.state())
+    }
+
+    fn add(&mut self, name: String, param: Tensor) -> Result<()> {
+        if !param.requires_grad() || !param.f_is_leaf()? {
+            return Err(Error::NotTrainable { name });
+        }
+        let detached = param.f_detach()?;
+        let (weight, has_master) = match param.kind() {
+            Kind::Float | Kind::Double => (detached, false),
+            Kind::Half | Kind::BFloat16 => (detached.f_to_kind(Kind::Float)?, true),
+            kind => return Err(Error::UnsupportedParameter { name, kind }),
+        };
+        let exp_avg = weight.f_zeros_like()?;
+        // The kernel walks storage, not indices: weight and moments must be laid out alike.
+        if exp_avg.stride() != weight.stride() {
+            return Err(Error::NotDense {
+                name,
+                strides: weight.stride(),
+            });
+        }
+        let decays = self.config.no_decay.decays(&param.size());
+        let group = Group {
+            device: weight.device(),
+            kind: weight.kind(),
+            weight_decay: if decays {
+                self.config.weight_decay
+            } else {
+                0.0
+            },
+        };
+        let index = self.groups.iter().position(|other| *other == group);
+        let index = index.unwrap_or_else(|| {
+            self.groups.push(group);
+            self.groups.len() - 1
+        });
+        self.slots.push(Slot {
+            name,
+            exp_avg_sq: exp_avg.f_zeros_like()?,
+            step: Tensor::f_zeros([], (Kind::Float, weight.device()))?,
+            param,
+            weight,
+            has_master,
+            exp_avg,
+            group: index,
+        });
+        Ok(())
+    }
+}
+
+impl Slot {
+    /// `grad` in the kind and layout of the weight; the tensor itself where it has them already.
+    fn aligned(&self, grad: &Tensor) -> Result<Tensor> {
+        if grad.size() != self.weight.size() {
+            return Err(CoreError::ShapeMismatch {
+                left: "gradient",
+                left_shape: grad.size(),
+                right: "parameter",
+                right_shape: self.weight.size(),
+            }
+            .into());
+        }
+        let grad = grad.f_detach()?.f_to_kind(self.weight.kind())?;
+        if grad.stride() == self.weight.stride() {
+            return Ok(grad);
+        }
+        let mut laid_out = self.weight.f_empty_like()?;
+        laid_out.f_copy_(&grad)?;
+        Ok(laid_out)
+    }
+}

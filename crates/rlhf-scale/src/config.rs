@@ -1,0 +1,159 @@
+//! Options of the optimiser and of the update.
+
+use rlhf_core::Error as CoreError;
+use serde::{Deserialize, Serialize};
+
+use crate::{Result, Schedule};
+
+/// Options of [`AdamW`](crate::AdamW).
+///
+/// The defaults are those of transformers' `TrainingArguments`: learning rate 5e-5, betas 0.9 and
+/// 0.999, epsilon 1e-8, no weight decay.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdamWConfig {
+    /// Learning rate at a schedule factor of 1.
+    pub lr: f64,
+    /// Decay of the running mean of gradients.
+    pub beta1: f64,
+    /// Decay of the running mean of squared gradients.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay: each step first multiplies a weight by `1 - lr * weight_decay`.
+    pub weight_decay: f64,
+    /// Which parameters the weight decay spares.
+    pub no_decay: DecayRule,
+}
+
+impl Default for AdamWConfig {
+    fn default() -> Self {
+        Self {
+            lr: 5e-5,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.0,
+            no_decay: DecayRule::default(),
+        }
+    }
+}
+
+impl AdamWConfig {
+    /// Checks every field.
+    ///
+    /// # Errors
+    /// Names the field and the values that are allowed.
+    pub fn validate(&self) -> Result<()> {
+        let not_negative = |value: f64| value.is_finite() && value >= 0.0;
+        let rate = |value: f64| (0.0..1.0).contains(&value);
+        let checks = [
+            (
+                "optimizer.lr",
+                self.lr,
+                not_negative(self.lr),
+                "must be finite and not negative",
+            ),
+            (
+                "optimizer.beta1",
+                self.beta1,
+                rate(self.beta1),
+                "must lie in [0, 1)",
+            ),
+            (
+                "optimizer.beta2",
+                self.beta2,
+                rate(self.beta2),
+                "must lie in [0, 1)",
+            ),
+            (
+                "optimizer.eps",
+                self.eps,
+                not_negative(self.eps) && self.eps > 0.0,
+                "must be finite and positive",
+            ),
+            (
+                "optimizer.weight_decay",
+                self.weight_decay,
+                not_negative(self.weight_decay),
+                "must be finite and not negative",
+            ),
+        ];
+        for (field, value, valid, reason) in checks {
+            if !valid {
+                return Err(CoreError::config(field, value, reason).into());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Which parameters are spared weight decay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DecayRule {
+    /// Parameters with fewer than two dimensions: the biases and norm weights that transformers'
+    /// `Trainer` spares by name. Matrices and embeddings decay.
+    #[default]
+    Vectors,
+    /// None is spared: every parameter decays.
+    Nothing,
+    /// All are spared, whatever `weight_decay` says.
+    Everything,
+}
+
+impl DecayRule {
+    /// Whether a parameter of this shape is decayed.
+    pub fn decays(self, shape: &[i64]) -> bool {
+        match self {
+            Self::Vectors => shape.len() >= 2,
+            Self::Nothing => true,
+            Self::Everything => false,
+        }
+    }
+}
+
+/// Options of an [`Updater`](crate::Updater).
+///
+/// The defaults are those of transformers' `TrainingArguments` but for the schedule, which is
+/// constant: gradients are clipped to norm 1.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct UpdateConfig {
+    /// The optimiser.
+    pub optimizer: AdamWConfig,
+    /// How the learning rate changes from update to update.
+    pub schedule: Schedule,
+    /// Gradients with a larger norm are scaled down to this one; `None` leaves them alone.
+    pub max_grad_norm: Option<f64>,
+}
+
+impl Default for UpdateConfig {
+    fn default() -> Self {
+        Self {
+            optimizer: AdamWConfig::default(),
+            schedule: Schedule::default(),
+            max_grad_norm: Some(1.0),
+        }
+    }
+}
+
+impl UpdateConfig {
+    /// Checks every field.
+    ///
+    /// # Errors
+    /// Names the field and the values that are allowed.
+    pub fn validate(&self) -> Result<()> {
+        self.optimizer.validate()?;
+        self.schedule.validate()?;
+        match self.max_grad_norm {
+            Some(norm) if !(norm.is_finite() && norm > 0.0) => Err(CoreError::config(
+                "max_grad_norm",
+                norm,
+                "must be finite and positive; leave it out to clip nothing",
+            )
+            .into()),
+            _ => Ok(()),
+        }
+    }
+}

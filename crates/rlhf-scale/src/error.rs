@@ -1,0 +1,173 @@
+//! What can go wrong in an update or with its files.
+
+use std::path::PathBuf;
+
+use tch::{Device, Kind};
+
+use crate::io::TensorProblem;
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// An error of `rlhf-scale`.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A configuration, a file or libtorch itself: the errors shared by all crates.
+    #[error(transparent)]
+    Core(#[from] rlhf_core::Error),
+    /// Two tensors have the same name, so that a file could not tell them apart.
+    #[error("two tensors are named {name:?}")]
+    DuplicateName {
+        /// The name.
+        name: String,
+    },
+    /// A parameter that backward never gives a gradient.
+    #[error("parameter {name:?} is not a leaf that requires gradients")]
+    NotTrainable {
+        /// The parameter.
+        name: String,
+    },
+    /// A parameter of a kind that AdamW has no kernel for.
+    #[error("parameter {name:?} is {kind:?}; AdamW trains Float, Double, Half and BFloat16")]
+    UnsupportedParameter {
+        /// The parameter.
+        name: String,
+        /// Its kind.
+        kind: Kind,
+    },
+    /// A parameter whose elements overlap or have gaps between them.
+    #[error("parameter {name:?} with strides {strides:?} is a view; train the tensor it views")]
+    NotDense {
+        /// The parameter.
+        name: String,
+        /// Its strides.
+        strides: Vec<i64>,
+    },
+    /// A microbatch's loss has more or fewer than one element.
+    #[error("the loss of microbatch {microbatch} is {shape:?}; reduce it to one number")]
+    LossShape {
+        /// Index of the microbatch.
+        microbatch: usize,
+        /// Shape of its loss.
+        shape: Vec<i64>,
+    },
+    /// A microbatch's loss does not depend on any parameter.
+    #[error("the loss of microbatch {microbatch} has no gradient; was it computed under no_grad?")]
+    LossWithoutGraph {
+        /// Index of the microbatch.
+        microbatch: usize,
+    },
+    /// After backward no parameter has a gradient.
+    #[error("none of the {parameters} parameters has a gradient")]
+    NoGradients {
+        /// How many parameters there are.
+        parameters: usize,
+    },
+    /// A loss is NaN or infinite; nothing was updated.
+    #[error(
+        "the loss is {loss} (first not finite in microbatch {microbatch}); nothing was updated"
+    )]
+    NonFiniteLoss {
+        /// Sum of the microbatch losses.
+        loss: f64,
+        /// The first microbatch whose loss is not finite.
+        microbatch: usize,
+    },
+    /// A gradient is NaN or infinite although the loss is not; nothing was updated.
+    #[error(
+        "the gradient of {parameter:?} is not finite (the loss is {loss}); nothing was updated"
+    )]
+    NonFiniteGradient {
+        /// The first such parameter by name.
+        parameter: String,
+        /// Sum of the microbatch losses.
+        loss: f64,
+    },
+    /// Every gradient is finite but their squares overflow f32; nothing was updated.
+    #[error("the gradient norm overflows f32 (the loss is {loss}); nothing was updated")]
+    NormOverflow {
+        /// Sum of the microbatch losses.
+        loss: f64,
+    },
+    /// Two lists that belong together have different lengths.
+    #[error("{outputs} outputs but {grad_outputs} output gradients")]
+    GradOutputCount {
+        /// Number of outputs.
+        outputs: usize,
+        /// Number of output gradients.
+        grad_outputs: usize,
+    },
+    /// A gradient cannot belong to its tensor.
+    #[error(
+        "a gradient of shape {grad_shape:?}, {grad_kind:?} on {grad_device:?} for a tensor of \
+         shape {shape:?}, {kind:?} on {device:?}"
+    )]
+    GradMismatch {
+        /// Shape of the tensor.
+        shape: Vec<i64>,
+        /// Kind of the tensor.
+        kind: Kind,
+        /// Device of the tensor.
+        device: Device,
+        /// Shape of the gradient.
+        grad_shape: Vec<i64>,
+        /// Kind of the gradient.
+        grad_kind: Kind,
+        /// Device of the gradient.
+        grad_device: Device,
+    },
+    /// Memory that cannot hold the tensor asked for.
+    #[error("{bytes} bytes{alignment} cannot hold a {kind:?} tensor of shape {shape:?}")]
+    Memory {
+        /// Bytes offered.
+        bytes: usize,
+        /// Says so if they are not aligned to the element size.
+        alignment: &'static str,
+        /// Shape asked for.
+        shape: Vec<i64>,
+        /// Kind asked for.
+        kind: Kind,
+    },
+    /// A tensor file does not hold the tensors it should; all problems are listed.
+    #[error("{} does not fit:{}", path.display(), list(problems))]
+    TensorFile {
+        /// The file.
+        path: PathBuf,
+        /// Every problem found.
+        problems: Vec<TensorProblem>,
+    },
+    /// A kind that safetensors files cannot hold.
+    #[error("tensor {name:?} is {kind:?}, which safetensors cannot hold")]
+    UnsupportedKind {
+        /// The tensor.
+        name: String,
+        /// Its kind.
+        kind: Kind,
+    },
+    /// A saved state belongs to an updater that is configured otherwise.
+    #[error("{} was saved with {field} = {saved}, but this updater has {current}", path.display())]
+    ConfigMismatch {
+        /// The file.
+        path: PathBuf,
+        /// The first field that differs, e.g. `"optimizer.lr"`.
+        field: String,
+        /// Its value in the file, as JSON.
+        saved: String,
+        /// Its value in the updater, as JSON.
+        current: String,
+    },
+}
+
+impl From<tch::TchError> for Error {
+    fn from(error: tch::TchError) -> Self {
+        Self::Core(error.into())
+    }
+}
+
+fn list(problems: &[TensorProblem]) -> String {
+    problems
+        .iter()
+        .map(|problem| format!("\n  {problem}"))
+        .collect()
+}
