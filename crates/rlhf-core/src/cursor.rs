@@ -1,10 +1,9 @@
 //! The place in a dataset that a training run has reached.
 
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{RngCore, SeedableRng};
+use rand_chacha::rand_core::RngCore;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result};
+use crate::{Error, Result, RngStreams};
 
 /// In which order an epoch visits the data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -115,14 +114,30 @@ impl DataCursor {
         })
     }
 
+    /// Fails unless `saved` is a later state of the run that starts with this cursor: the same
+    /// number of items, seed and order.
+    ///
+    /// # Errors
+    /// [`Error::LengthMismatch`], [`Error::InvalidConfig`].
+    pub fn check_continues(&self, saved: &Self) -> Result<()> {
+        saved.check_items(self.items)?;
+        let reason = "the checkpoint is of a run with another order of the data";
+        if saved.seed != self.seed {
+            return Err(Error::config("seed", self.seed, reason));
+        }
+        if saved.order != self.order {
+            return Err(Error::config("order", format!("{:?}", self.order), reason));
+        }
+        Ok(())
+    }
+
     fn permutation(&self) -> Vec<usize> {
         let mut order: Vec<usize> = (0..self.items).collect();
         if self.order == DataOrder::Given {
             return order;
         }
         // Written out, because the libraries' shuffles may change from version to version.
-        let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
-        rng.set_stream(self.epoch);
+        let mut rng = RngStreams::new(self.seed).stream("data order", self.epoch);
         for last in (1..order.len()).rev() {
             let scaled = u128::from(rng.next_u64()) * (last as u128 + 1);
             order.swap(last, (scaled >> 64) as usize);
@@ -156,7 +171,7 @@ mod tests {
     #[test]
     fn the_order_never_changes() {
         let mut cursor = DataCursor::new(0, 8, DataOrder::Shuffled).unwrap();
-        assert_eq!(cursor.next_batch(8), [7, 2, 1, 6, 0, 4, 3, 5]);
+        assert_eq!(cursor.next_batch(8), [2, 4, 0, 6, 5, 7, 1, 3]);
         let mut given = DataCursor::new(0, 3, DataOrder::Given).unwrap();
         assert_eq!(given.next_full_batch(5), [0, 1, 2, 0, 1]);
     }

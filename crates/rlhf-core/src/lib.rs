@@ -57,7 +57,7 @@
 //! | batches | [`Sequence`], [`SequenceBatch`] (ragged), [`PaddedBatch`] (`[B, T]`), [`PackedBatch`] (`[N]`), [`PreferenceBatch`], [`Completions`] |
 //! | writing responses | [`generate()`], [`GenerationConfig`], [`sampling`], [`RngStreams`] |
 //! | arithmetic | [`gather_logprobs`], [`masked_mean`], [`masked_whiten`] and their neighbours |
-//! | runs | [`CheckpointStore`], [`Observer`], [`Stats`] |
+//! | runs | [`train_epochs`], [`DataCursor`], [`CheckpointStore`], [`Observer`], [`Stats`] |
 //!
 //! In every shape `B` is sequences, `P` prompt tokens, `R` response tokens, `T = P + R`, `V` the
 //! vocabulary, `N` packed tokens and `H` hidden units. Masks are bool and `true` takes part.
@@ -83,6 +83,7 @@ mod checkpoint;
 mod completions;
 mod cursor;
 mod decoder;
+mod epochs;
 mod error;
 mod generate;
 mod judge;
@@ -103,6 +104,7 @@ pub use checkpoint::{Checkpoint, CheckpointStore};
 pub use completions::{Completions, Detokenize, FinishReason, Text};
 pub use cursor::{DataCursor, DataOrder};
 pub use decoder::{Decoder, RecomputeDecoder};
+pub use epochs::{CheckpointConfig, EpochConfig, EpochTrainer, train_epochs};
 pub use error::{Error, Result, check_same_shape};
 pub use generate::{GenerationConfig, generate};
 pub use judge::{

@@ -75,6 +75,25 @@ impl PreferenceBatch {
         &self.pairs
     }
 
+    /// The pairs by turns of at most `size`, in order.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] if `size` is 0.
+    pub fn split(&self, size: usize) -> Result<Vec<Self>> {
+        if size == 0 {
+            return Err(Error::config("size", size, "must be at least 1"));
+        }
+        let part = |pairs: &[Preference]| Self {
+            pairs: pairs.to_vec(),
+        };
+        Ok(self.pairs.chunks(size).map(part).collect())
+    }
+
+    /// Sum of the pairs' weights.
+    pub fn total_weight(&self) -> f64 {
+        self.pairs.iter().map(|p| p.weight).sum()
+    }
+
     /// Chosen and rejected by turns (rows `2i` and `2i + 1`); both share the pair's prompt.
     ///
     /// # Errors

@@ -131,6 +131,20 @@ impl SequenceBatch {
         Self::new(indices.iter().map(|&i| self.sequences[i].clone()).collect())
     }
 
+    /// The rows by turns of at most `size`, in order; prompts stay shared.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] if `size` is 0.
+    pub fn split(&self, size: usize) -> Result<Vec<Self>> {
+        if size == 0 {
+            return Err(Error::config("size", size, "must be at least 1"));
+        }
+        let part = |rows: &[Sequence]| Self {
+            sequences: rows.to_vec(),
+        };
+        Ok(self.sequences.chunks(size).map(part).collect())
+    }
+
     /// Longest response, `R`.
     pub fn max_response_len(&self) -> usize {
         self.sequences
