@@ -281,6 +281,13 @@ mod tests {
     }
 
     #[test]
+    fn a_tail_too_thin_for_f32_is_still_drawn() {
+        let row = Tensor::from_slice(&[0.0f32, -20.0]).unsqueeze(0); // e^-20 = 2e-9
+        assert_eq!(tokens(&row, &[1.0 - 1e-9]), [1]);
+        assert_eq!(tokens(&row, &[1.0 - 3e-9]), [0]);
+    }
+
+    #[test]
     fn rows_without_a_distribution_have_no_finite_logprob() {
         let nan = Tensor::from_slice(&[0f32, f32::NAN]).unsqueeze(0);
         let empty = Tensor::full([1, 2], f64::NEG_INFINITY, (Kind::Float, tch::Device::Cpu));

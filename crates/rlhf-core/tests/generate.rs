@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use common::Bigram;
 use rlhf_core::{
-    Completions, Error, FinishReason, GenerationConfig, LogprobOptions, Policy, RngStreams,
-    SamplingConfig, Tensor, generate,
+    Completions, Error, FinishReason, GenerationConfig, LogprobOptions, PaddedBatch, Parameters,
+    Policy, Result, RngStreams, SamplingConfig, Tensor, generate,
 };
 
 const STREAMS: fn() -> RngStreams = || RngStreams::new(5);
@@ -67,9 +67,11 @@ fn stop_tokens_are_banned_until_the_least_length() {
         min_new_tokens: 2,
         ..sampling(8)
     };
-    let out = generate(&counter(), &prompts(&[&[4]]), &config, &STREAMS(), 0).unwrap();
-    // 5 may not come first; of the others, all alike, 0 is the first.
-    assert_eq!(responses(&out), [[0, 1, 2, 3, 4, 5]]);
+    let prompts = prompts(&[&[4], &[3]]);
+    let out = generate(&counter(), &prompts, &config, &STREAMS(), 0).unwrap();
+    // Where 5 is due and banned, the others are all alike and 0 is the first.
+    let expected = [vec![0, 1, 2, 3, 4, 5], vec![4, 0, 1, 2, 3, 4, 5]];
+    assert_eq!(responses(&out), expected);
 }
 
 #[test]
@@ -90,6 +92,13 @@ fn the_repetition_penalty_sees_prompt_and_response() {
     let prompts = prompts(&[&[1, 0], &[2]]);
     let out = generate(&Bigram::new(table), &prompts, &config, &STREAMS(), 0).unwrap();
     assert_eq!(responses(&out), [[2, 3, 3], [3, 0, 1]]);
+    // What was seen moves up with its row when another leaves.
+    let config = GenerationConfig {
+        stop_token_ids: vec![2],
+        ..config
+    };
+    let out = generate(&Bigram::new(table), &prompts, &config, &STREAMS(), 0).unwrap();
+    assert_eq!(responses(&out), [vec![2], vec![3, 0, 1]]);
 }
 
 #[test]
@@ -270,14 +279,28 @@ fn what_cannot_be_sampled_is_an_error() {
     ));
 }
 
+/// A policy that cannot be run with gradients.
+struct WithoutGradients(Bigram);
+
+impl Parameters for WithoutGradients {
+    fn named_parameters(&self) -> Vec<(String, Tensor)> {
+        self.0.named_parameters()
+    }
+}
+
+impl Policy for WithoutGradients {
+    fn logits(&self, batch: &PaddedBatch) -> Result<Tensor> {
+        let logits = self.0.logits(batch)?;
+        assert!(!logits.requires_grad());
+        Ok(logits)
+    }
+}
+
 #[test]
 fn no_gradients_are_recorded() {
     let mut policy = counter();
     policy.table = policy.table.set_requires_grad(true);
-    let before = Tensor::zeros([1], (rlhf_core::Kind::Float, rlhf_core::Device::Cpu));
+    let policy = WithoutGradients(policy);
     generate(&policy, &prompts(&[&[0]]), &sampling(2), &STREAMS(), 0).unwrap();
-    assert!(
-        (&policy.table * before).requires_grad(),
-        "switched on again"
-    );
+    assert!((&policy.0.table * 2).requires_grad(), "switched on again");
 }
