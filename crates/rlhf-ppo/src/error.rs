@@ -1,5 +1,7 @@
 //! What can go wrong in PPO.
 
+use std::path::PathBuf;
+
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -10,6 +12,9 @@ pub enum Error {
     /// A batch, a model, a configuration or a file is at fault.
     #[error(transparent)]
     Core(#[from] rlhf_core::Error),
+    /// The update failed.
+    #[error(transparent)]
+    Scale(#[from] rlhf_scale::Error),
     /// A model that judges completions returned something other than one number for each.
     #[error("{model} returned a tensor of shape {got:?} for {expected} completions")]
     WrongJudgement {
@@ -30,4 +35,22 @@ pub enum Error {
         /// The cost.
         value: f64,
     },
+    /// A saved trainer was configured otherwise.
+    #[error("{} was saved with {field} = {saved}, but this trainer has {current}", path.display())]
+    ConfigMismatch {
+        /// The file.
+        path: PathBuf,
+        /// The first field that differs.
+        field: String,
+        /// Its value in the file, as JSON.
+        saved: String,
+        /// Its value in this trainer, as JSON.
+        current: String,
+    },
+}
+
+impl From<tch::TchError> for Error {
+    fn from(error: tch::TchError) -> Self {
+        Self::Core(error.into())
+    }
 }

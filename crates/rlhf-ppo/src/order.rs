@@ -1,0 +1,50 @@
+//! The order in which samples are visited.
+
+use rand::RngCore;
+use rlhf_core::rng::ChaCha8Rng;
+
+/// Shuffles by Fisher and Yates. Written out, because a library's shuffle may change from version
+/// to version, and with it the course of a run that is resumed.
+pub(crate) fn shuffled(mut rows: Vec<usize>, rng: &mut ChaCha8Rng) -> Vec<usize> {
+    for last in (1..rows.len()).rev() {
+        let scaled = u128::from(rng.next_u64()) * (last as u128 + 1);
+        rows.swap(last, (scaled >> 64) as usize);
+    }
+    rows
+}
+
+/// Cuts `rows` into at most `count` parts of sizes that differ by at most one; none is empty.
+pub(crate) fn parts(rows: &[usize], count: usize) -> impl Iterator<Item = &[usize]> {
+    let count = count.min(rows.len());
+    (0..count).map(move |i| &rows[i * rows.len() / count..(i + 1) * rows.len() / count])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rlhf_core::RngStreams;
+
+    #[test]
+    fn orders_are_permutations_of_their_own() {
+        let streams = RngStreams::new(5);
+        let order = |i| shuffled((0..50).collect(), &mut streams.stream("order", i));
+        assert_eq!(order(0), order(0));
+        assert_ne!(order(0), order(1));
+        let mut sorted = order(0);
+        sorted.sort_unstable();
+        assert_eq!(sorted, (0..50).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn parts_cover_everything_and_are_never_empty() {
+        let sizes = |n: usize, count| -> Vec<usize> {
+            let rows: Vec<usize> = (0..n).collect();
+            let cut: Vec<&[usize]> = parts(&rows, count).collect();
+            assert_eq!(cut.concat(), rows);
+            cut.iter().map(|p| p.len()).collect()
+        };
+        assert_eq!(sizes(7, 3), [2, 2, 3]);
+        assert_eq!(sizes(2, 4), [1, 1]);
+        assert!(sizes(0, 4).is_empty());
+    }
+}

@@ -1,0 +1,94 @@
+//! What a step reports.
+
+use rlhf_core::{FinishReason, Stats};
+use tch::{Kind, Tensor};
+
+use crate::{Constraint, MinibatchStats, Rollout};
+
+/// Statistics of a rollout, over all its samples, used or not.
+pub(crate) fn rollout_stats(rollout: &Rollout, constraints: &[Constraint]) -> Stats {
+    let count = rollout.len() as f64;
+    let sequences = rollout.completions.batch.sequences();
+    let tokens: usize = sequences.iter().map(|s| s.response.len()).sum();
+    let finished = rollout
+        .completions
+        .finish_reasons
+        .iter()
+        .filter(|&&f| f == FinishReason::Stop)
+        .count();
+    let kl = rollout.kl_per_sequence();
+    let final_score = mean(&rollout.final_scores);
+    let mut stats: Stats = [
+        ("ppo/kl", kl),
+        ("ppo/kl_coef", rollout.kl_coef),
+        ("ppo/score/mean", mean(&rollout.scores)),
+        ("ppo/score/std", variance(&rollout.scores).sqrt()),
+        ("ppo/reward/mean", final_score - rollout.kl_coef * kl),
+        ("ppo/length", tokens as f64 / count),
+        ("ppo/finished", finished as f64 / count),
+        ("ppo/samples", count),
+        ("ppo/samples_used", rollout.used_rows().len() as f64),
+    ]
+    .into_iter()
+    .collect();
+    if let Some(explained) = explained_variance(rollout) {
+        stats.insert("ppo/value/explained_variance", explained);
+    }
+    for (constraint, costs) in constraints.iter().zip(&rollout.costs) {
+        let over = costs.gt(constraint.threshold).to_kind(Kind::Float);
+        let key = |what: &str| format!("ppo/constraint/{}/{what}", constraint.name);
+        stats.insert(key("violation_rate"), mean(&over));
+        stats.insert(key("mean_cost"), mean(costs));
+    }
+    stats
+}
+
+/// Means over the optimiser steps of an update.
+pub(crate) fn update_stats(minibatches: &[MinibatchStats], lr: f64) -> Stats {
+    let mut stats = Stats::new();
+    stats.insert("ppo/update_skipped", f64::from(minibatches.is_empty()));
+    stats.insert("ppo/lr", lr);
+    if minibatches.is_empty() {
+        return stats;
+    }
+    let mean = |f: fn(&MinibatchStats) -> f64| {
+        minibatches.iter().map(f).sum::<f64>() / minibatches.len() as f64
+    };
+    stats.extend([
+        ("ppo/loss", mean(|m| m.loss)),
+        ("ppo/policy/loss", mean(|m| m.policy_loss)),
+        ("ppo/policy/approx_kl", mean(|m| m.approx_kl)),
+        ("ppo/policy/clipfrac", mean(|m| m.policy_clipfrac)),
+        ("ppo/policy/entropy", mean(|m| m.entropy)),
+        ("ppo/policy/ratio", mean(|m| m.ratio)),
+        ("ppo/policy/ratio_var", mean(|m| m.ratio_var)),
+        ("ppo/value/loss", mean(|m| m.value_loss)),
+        ("ppo/value/clipfrac", mean(|m| m.value_clipfrac)),
+        ("ppo/grad_norm", mean(|m| m.grad_norm)),
+    ]);
+    stats
+}
+
+/// `1 − Var(R − V) / Var(R)` over the states that are learnt from; `None` where all returns are
+/// the same, and there is nothing to explain.
+fn explained_variance(rollout: &Rollout) -> Option<f64> {
+    let used = Tensor::from_slice(&rollout.used).unsqueeze(1);
+    let mask = rollout.value_mask.logical_and(&used);
+    let returns = rollout.returns.masked_select(&mask);
+    let errors = &returns - rollout.values.masked_select(&mask);
+    let total = variance(&returns);
+    (total > 0.0).then(|| 1.0 - variance(&errors) / total)
+}
+
+fn mean(t: &Tensor) -> f64 {
+    t.mean(Kind::Double).double_value(&[])
+}
+
+/// Population variance; 0 of nothing.
+fn variance(t: &Tensor) -> f64 {
+    if t.numel() == 0 {
+        return 0.0;
+    }
+    let t = t.to_kind(Kind::Double);
+    mean(&(&t - t.mean(Kind::Double)).square())
+}
