@@ -207,7 +207,8 @@ impl PpoConfig {
                 temperature,
                 ..SamplingConfig::default()
             };
-            let unfiltered = self.generation.sampling == plain && self.generation.min_new_tokens == 0;
+            let unfiltered =
+                self.generation.sampling == plain && self.generation.min_new_tokens == 0;
             let reason = "needs sampling without filters, penalties or min_new_tokens";
             check(unfiltered, "old_logprobs", &"sampled", reason)?;
         }

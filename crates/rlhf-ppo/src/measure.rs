@@ -1,6 +1,8 @@
 //! Running the models over finished responses.
 
-use rlhf_core::{Completions, Error as CoreError, LogprobOptions, Policy, SequenceBatch, ValueModel};
+use rlhf_core::{
+    Completions, Error as CoreError, LogprobOptions, Policy, SequenceBatch, ValueModel,
+};
 use tch::{Device, Kind, Tensor};
 
 use crate::{Constraint, Error, Result};
@@ -27,7 +29,12 @@ pub(crate) fn scores(
     let scores = judgement("the reward model", &scores, completions.batch.len())?;
     if let Some(row) = scores.iter().position(|s| !s.is_finite()) {
         let value = scores[row];
-        return Err(CoreError::NonFinite { what: "the score", row, value }.into());
+        return Err(CoreError::NonFinite {
+            what: "the score",
+            row,
+            value,
+        }
+        .into());
     }
     Ok(Tensor::from_slice(&scores).to_kind(Kind::Float))
 }

@@ -122,11 +122,8 @@ impl MinibatchStats {
         parts: &[Tensor],
         update: &rlhf_scale::UpdateStats,
     ) -> rlhf_core::Result<Self> {
-        let sum = Tensor::f_stack(parts, 0)?.f_sum_dim_intlist(
-            [0i64].as_slice(),
-            false,
-            Kind::Double,
-        )?;
+        let sum =
+            Tensor::f_stack(parts, 0)?.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?;
         let sum = Vec::<f64>::try_from(sum)?;
         let ratio = sum[5];
         Ok(Self {

@@ -4,7 +4,8 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use rlhf_core::{
-    CheckpointStore, DataCursor, DataOrder, Event, Observer, Policy, ValueModel, notify,
+    CheckpointConfig, CheckpointStore, DataCursor, DataOrder, Event, Observer, Policy, ValueModel,
+    notify,
 };
 
 use crate::{PpoTrainer, Result};
@@ -32,35 +33,35 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
         Ok(())
     }
 
-    /// [`train`](Self::train), with a checkpoint every `every` steps and at the end, and going on
-    /// from the newest that `store` holds: a run that was killed, and is started again in the
-    /// same way, ends with the same weights as one that was left alone.
+    /// [`train`](Self::train), with a checkpoint every so many steps and at the end, and going on
+    /// from the newest that is there: a run that was killed, and is started again in the same
+    /// way, ends with the same weights as one that was left alone.
     ///
     /// For a metrics file that is whole too, call [`resume`](Self::resume) first and start a
     /// [`JsonlObserver`](rlhf_core::JsonlObserver) from the step it returns.
     ///
     /// # Errors
     /// Those of [`train`](Self::train), of [`save`](Self::save) and [`load`](Self::load);
-    /// [`InvalidConfig`](rlhf_core::Error::InvalidConfig) if `every` is 0.
+    /// [`InvalidConfig`](rlhf_core::Error::InvalidConfig) if `checkpoints.every` is 0.
     pub fn train_with_checkpoints(
         &mut self,
         prompts: &[Arc<[i64]>],
         steps: u64,
         observers: &mut [Box<dyn Observer + '_>],
-        store: &CheckpointStore,
-        every: u64,
+        checkpoints: &CheckpointConfig,
     ) -> Result<()> {
-        if every == 0 {
+        if checkpoints.every == 0 {
             let reason = "at least 1 is needed";
-            return Err(rlhf_core::Error::config("every", every, reason).into());
+            return Err(rlhf_core::Error::config("checkpoints.every", 0, reason).into());
         }
-        self.resume(store)?;
+        let store = CheckpointStore::open(&checkpoints.dir, checkpoints.keep)?;
+        self.resume(&store)?;
         while self.steps_done < steps {
             // Observers are told before the checkpoint is written: a resumed run may repeat what
             // they were told, but never leaves a step out.
             let stop = self.train_step(prompts, steps, observers)?.is_break();
             let last = stop || self.steps_done == steps;
-            if last || self.steps_done.is_multiple_of(every) {
+            if last || self.steps_done.is_multiple_of(checkpoints.every) {
                 store.save(self.steps_done, |dir| self.save(dir))?;
             }
             if stop {

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rlhf_core::{
-    Completions, DataCursor, Detokenize, Policy, RewardModel, RngStreams, Shift, Stats,
-    ValueModel, generate, joined_parameters,
+    Completions, DataCursor, Detokenize, Policy, RewardModel, RngStreams, Shift, Stats, ValueModel,
+    generate, joined_parameters,
 };
 use rlhf_scale::Updater;
 use tch::Tensor;
@@ -243,7 +243,10 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
         for epoch in 0..self.config.ppo_epochs {
             // 6. Every epoch visits the samples that may be learnt from in an order of its own.
             let index = self.steps_done * self.config.ppo_epochs as u64 + epoch as u64;
-            let order = shuffled(rollout.used_rows(), &mut rng.stream("ppo/minibatches", index));
+            let order = shuffled(
+                rollout.used_rows(),
+                &mut rng.stream("ppo/minibatches", index),
+            );
             for rows in parts(&order, self.config.minibatches) {
                 done.extend(self.update_minibatch(rollout, rows)?);
             }

@@ -8,6 +8,8 @@
     clippy::panic
 )]
 
+pub mod bigram;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
