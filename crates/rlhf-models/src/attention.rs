@@ -1,0 +1,100 @@
+//! Causal attention over packed sequences.
+
+use std::ops::Range;
+
+use rlhf_core::Result;
+use tch::Tensor;
+
+/// Queries, keys and values of the tokens of a run.
+///
+/// # Shapes
+/// `query`: `[N, heads, d]`; `key`, `value`: `[N, kv_heads, d]`.
+pub(crate) struct Qkv {
+    pub(crate) query: Tensor,
+    pub(crate) key: Tensor,
+    pub(crate) value: Tensor,
+}
+
+/// What the tokens of a run may look at. A model's blocks are the same for training, prefill
+/// and decoding; only this differs.
+pub(crate) trait Attention {
+    /// Attends in layer `layer`; `scale` multiplies the products, `None` for `d^-1/2`.
+    ///
+    /// # Shapes
+    /// Returns `[N, heads * d]`.
+    fn attend(&mut self, layer: usize, qkv: &Qkv, scale: Option<f64>) -> Result<Tensor>;
+}
+
+/// Every sequence of a packed run on its own, each token looking at those before it.
+pub(crate) struct SegmentAttention {
+    runs: Vec<Run>,
+}
+
+/// Neighbouring segments of one length: one kernel call.
+#[derive(Debug, PartialEq, Eq)]
+struct Run {
+    rows: i64,
+    length: i64,
+}
+
+impl SegmentAttention {
+    pub(crate) fn new(segments: &[Range<i64>]) -> Self {
+        let mut runs: Vec<Run> = Vec::new();
+        for segment in segments {
+            let length = segment.end - segment.start;
+            match runs.last_mut() {
+                Some(run) if run.length == length => run.rows += 1,
+                _ => runs.push(Run { rows: 1, length }),
+            }
+        }
+        Self { runs }
+    }
+}
+
+impl Attention for SegmentAttention {
+    fn attend(&mut self, _layer: usize, qkv: &Qkv, scale: Option<f64>) -> Result<Tensor> {
+        if let [run] = self.runs.as_slice() {
+            return causal(run, &qkv.query, &qkv.key, &qkv.value, scale);
+        }
+        // One split instead of many narrows: the gradient of a narrow is as large as the whole
+        // run, that of a split is one concatenation.
+        let sizes: Vec<i64> = self.runs.iter().map(|r| r.rows * r.length).collect();
+        let query = qkv.query.f_split_with_sizes(sizes.as_slice(), 0)?;
+        let key = qkv.key.f_split_with_sizes(sizes.as_slice(), 0)?;
+        let value = qkv.value.f_split_with_sizes(sizes.as_slice(), 0)?;
+        let mut outputs = Vec::with_capacity(self.runs.len());
+        for (i, run) in self.runs.iter().enumerate() {
+            outputs.push(causal(run, &query[i], &key[i], &value[i], scale)?);
+        }
+        Ok(Tensor::f_cat(&outputs, 0)?)
+    }
+}
+
+fn causal(
+    run: &Run,
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    scale: Option<f64>,
+) -> Result<Tensor> {
+    let rows = |t: &Tensor| -> Result<Tensor> {
+        let size = t.size();
+        Ok(t.f_view([run.rows, run.length, size[1], size[2]])?
+            .transpose(1, 2))
+    };
+    let grouped = query.size()[1] != key.size()[1];
+    let output = Tensor::f_scaled_dot_product_attention(
+        &rows(query)?,
+        &rows(key)?,
+        &rows(value)?,
+        None::<&Tensor>,
+        0.0,
+        true,
+        scale,
+        grouped,
+    )?;
+    let width = query.size()[1] * query.size()[2];
+    Ok(output
+        .transpose(1, 2)
+        .f_reshape([run.rows * run.length, width])?)
+}

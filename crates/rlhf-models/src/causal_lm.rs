@@ -1,0 +1,234 @@
+//! Language models.
+
+use std::path::Path;
+
+use rlhf_core::{
+    LogprobOptions, PackedBatch, PaddedBatch, Parameters, Policy, SequenceBatch, TokenLogprobs,
+    entropy, gather_logprobs,
+};
+use tch::{Device, Kind, Tensor};
+
+use crate::config::Head;
+use crate::trunk::{Model, Trunk};
+use crate::weights::{Builder, Init, WeightMap};
+use crate::{ModelConfig, Result};
+
+/// Where and in what precision a model is loaded.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LoadOptions {
+    /// The device of the weights.
+    pub device: Device,
+    /// Their kind; `None` for the one they are stored in.
+    pub kind: Option<Kind>,
+}
+
+impl Default for LoadOptions {
+    /// On the CPU, as stored.
+    fn default() -> Self {
+        Self {
+            device: Device::Cpu,
+            kind: None,
+        }
+    }
+}
+
+/// A causal language model: a trunk and the projection to the vocabulary.
+///
+/// Weights keep the names and layouts of the Hugging Face checkpoint, and are trainable unless
+/// [`set_trainable`](Self::set_trainable) says otherwise. There is no dropout.
+pub struct CausalLm {
+    pub(crate) model: Model<LmHead>,
+}
+
+/// `[V, H]`: a weight of its own, or the input embedding.
+pub(crate) struct LmHead(Tensor);
+
+impl LmHead {
+    fn build(config: &ModelConfig, trunk: &Trunk, builder: &mut Builder) -> Self {
+        if config.ties_embeddings() {
+            return Self(trunk.token_embedding().shallow_clone());
+        }
+        let shape = [config.vocab_size(), config.hidden_size()];
+        let init = Init::Normal(config.initializer_range());
+        Self(builder.weight("lm_head.weight", &shape, init))
+    }
+}
+
+impl CausalLm {
+    /// A model with random weights, as transformers draws them: normal with the config's
+    /// `initializer_range`, biases 0, norms 1. The weights depend on the seed alone.
+    ///
+    /// # Errors
+    /// libtorch's (out of memory).
+    pub fn new(config: ModelConfig, seed: u64, device: Device, kind: Kind) -> Result<Self> {
+        let builder = Builder::random(seed, device, kind);
+        let model = Model::build(config, builder, Path::new(""), LmHead::build)?;
+        Ok(Self { model })
+    }
+
+    /// Loads a folder in the layout of the Hugging Face hub: `config.json` and
+    /// `model.safetensors`, or its shards.
+    ///
+    /// # Errors
+    /// Those of [`ModelConfig::from_dir`]; a weights file that is absent or damaged;
+    /// [`Error::Weights`](crate::Error::Weights) with every tensor that is missing, unexpected or
+    /// misshapen.
+    pub fn from_pretrained(dir: impl AsRef<Path>, options: &LoadOptions) -> Result<Self> {
+        let model = Model::load(dir.as_ref(), options, drop_tied_head, LmHead::build)?;
+        Ok(Self { model })
+    }
+
+    /// Writes `config.json` and `model.safetensors`, which transformers reads back. Tied weights
+    /// are written once.
+    ///
+    /// # Errors
+    /// A folder or file that cannot be written.
+    pub fn save_pretrained(&self, dir: impl AsRef<Path>) -> Result<()> {
+        self.save_pretrained_as(dir, self.kind())
+    }
+
+    /// [`save_pretrained`](Self::save_pretrained) with the weights rounded to another kind, such
+    /// as bf16 for a model trained in f32.
+    ///
+    /// # Errors
+    /// A folder or file that cannot be written.
+    pub fn save_pretrained_as(&self, dir: impl AsRef<Path>, kind: Kind) -> Result<()> {
+        self.model.save(dir.as_ref(), Head::CausalLm, kind)
+    }
+
+    /// Architecture and sizes.
+    pub fn config(&self) -> &ModelConfig {
+        &self.model.config
+    }
+
+    /// Kind of the weights.
+    pub fn kind(&self) -> Kind {
+        self.model.kind()
+    }
+
+    /// Hidden states after the last norm, of every token of a packed batch.
+    ///
+    /// # Shapes
+    /// `[N, H]`, of the model's kind.
+    ///
+    /// # Errors
+    /// libtorch's: an id outside the vocabulary, a position outside the context window.
+    pub fn hidden_states(&self, batch: &PackedBatch) -> rlhf_core::Result<Tensor> {
+        self.model.trunk.hidden_states(batch)
+    }
+
+    /// Next-token logits of hidden states.
+    ///
+    /// # Shapes
+    /// `[M, H]` to `[M, V]`, of the model's kind.
+    ///
+    /// # Errors
+    /// libtorch's.
+    pub fn logits_of(&self, hidden: &Tensor) -> rlhf_core::Result<Tensor> {
+        Ok(hidden.f_linear(&self.model.head.0, None::<&Tensor>)?)
+    }
+
+    /// A copy that shares no weight with this model; a reference policy, for one.
+    ///
+    /// # Errors
+    /// libtorch's (out of memory).
+    pub fn try_clone(&self) -> Result<Self> {
+        let builder =
+            Builder::from_weights(self.model.copied_weights()?, self.device(), self.kind());
+        let config = self.config().clone();
+        let model = Model::build(config, builder, Path::new(""), LmHead::build)?;
+        Ok(Self { model })
+    }
+
+    /// Whether gradients are recorded for the weights. A model that is not trainable has no
+    /// [`named_parameters`](Parameters::named_parameters).
+    pub fn set_trainable(&mut self, trainable: bool) {
+        self.model.set_trainable(trainable);
+    }
+}
+
+/// Checkpoints of tied models may hold the output layer all the same.
+fn drop_tied_head(config: &ModelConfig, weights: &mut WeightMap) {
+    if config.ties_embeddings() {
+        weights.remove("lm_head.weight");
+    }
+}
+
+impl Parameters for CausalLm {
+    fn named_parameters(&self) -> Vec<(String, Tensor)> {
+        self.model.trainable()
+    }
+}
+
+impl Policy for CausalLm {
+    fn logits(&self, batch: &PaddedBatch) -> rlhf_core::Result<Tensor> {
+        let (packed, cells) = unpadded(batch)?;
+        let logits = self.logits_of(&self.hidden_states(&packed)?)?;
+        let (rows, width, vocab) = (batch.rows(), batch.width(), logits.size()[1]);
+        let padded = Tensor::f_zeros([rows * width, vocab], (logits.kind(), logits.device()))?;
+        Ok(padded
+            .f_index_copy(0, &cells, &logits)?
+            .f_view([rows, width, vocab])?)
+    }
+
+    fn device(&self) -> Device {
+        self.model.device()
+    }
+
+    fn pad_token_id(&self) -> i64 {
+        self.config().special_tokens().pad.unwrap_or(0)
+    }
+
+    fn max_length(&self) -> Option<usize> {
+        Some(self.config().max_length())
+    }
+
+    fn logprobs(
+        &self,
+        batch: &SequenceBatch,
+        options: &LogprobOptions,
+    ) -> rlhf_core::Result<TokenLogprobs> {
+        options.validate()?;
+        batch.check_length(self.config().max_length())?;
+        batch.check_vocabulary(self.config().vocab_size())?;
+        let packed = batch.packed(self.device());
+        let hidden = self.hidden_states(&packed)?;
+        // Logits of the tokens that predict a response token, and of no other.
+        let hidden = hidden.f_index_select(0, &packed.predicting_rows())?;
+        let logits = self.logits_of(&hidden)?.f_to_kind(Kind::Float)? / options.temperature;
+        let mask = batch.response_mask(self.device());
+        let ids = batch.responses(0, self.device()).masked_select(&mask);
+        let scattered = |flat: Tensor| {
+            Tensor::f_zeros(mask.size(), (Kind::Float, self.device()))?
+                .f_masked_scatter(&mask, &flat)
+        };
+        Ok(TokenLogprobs {
+            logprobs: scattered(gather_logprobs(&logits, &ids))?,
+            entropy: match options.entropy {
+                true => Some(scattered(entropy(&logits))?),
+                false => None,
+            },
+            mask,
+        })
+    }
+}
+
+/// The tokens of a padded batch as one run, and the cell of the rectangle that each came from.
+fn unpadded(batch: &PaddedBatch) -> rlhf_core::Result<(PackedBatch, Tensor)> {
+    let width = batch.width();
+    let (mut cells, mut segments) = (Vec::new(), Vec::new());
+    for (row, (&offset, &length)) in batch.offsets.iter().zip(&batch.lengths).enumerate() {
+        let (start, first) = (cells.len() as i64, row as i64 * width + offset as i64);
+        cells.extend(first..first + length as i64);
+        segments.push(start..start + length as i64);
+    }
+    let cells = Tensor::from_slice(&cells).to_device(batch.input_ids.device());
+    let take = |t: &Tensor| t.f_view(-1)?.f_index_select(0, &cells);
+    let packed = PackedBatch {
+        input_ids: take(&batch.input_ids)?,
+        position_ids: take(&batch.position_ids)?,
+        responses: segments.iter().map(|s| s.end..s.end).collect(),
+        segments,
+    };
+    Ok((packed, cells))
+}

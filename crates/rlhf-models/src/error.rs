@@ -1,0 +1,157 @@
+//! What can go wrong with model folders, tokenizers and data files.
+
+use std::path::PathBuf;
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// An error of `rlhf-models`.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file or folder could not be read or written.
+    #[error("{action} {}: {source}", path.display())]
+    Io {
+        /// What was being done, e.g. `"reading"`.
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: std::io::Error,
+    },
+    /// A file is not the JSON that it should be.
+    #[error("{}: not valid JSON: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What the parser says.
+        source: serde_json::Error,
+    },
+    /// A configuration lacks a field.
+    #[error("{}: field `{field}` is missing", path.display())]
+    MissingField {
+        /// The file.
+        path: PathBuf,
+        /// The field.
+        field: String,
+    },
+    /// A field of a configuration holds something that this crate cannot use.
+    #[error("{}: field `{field}` is {value}: {reason}", path.display())]
+    InvalidField {
+        /// The file.
+        path: PathBuf,
+        /// The field.
+        field: String,
+        /// Its value, as JSON.
+        value: String,
+        /// What is supported.
+        reason: String,
+    },
+    /// A model of a kind that this crate does not implement.
+    #[error(
+        "{}: architecture `{found}` is not supported (supported: {})",
+        path.display(),
+        supported.join(", ")
+    )]
+    UnknownArchitecture {
+        /// The configuration file.
+        path: PathBuf,
+        /// Its `model_type`.
+        found: String,
+        /// Every `model_type` that can be loaded.
+        supported: &'static [&'static str],
+    },
+    /// A weights file is truncated or damaged.
+    #[error("{}: not a complete safetensors file: {source}", path.display())]
+    Safetensors {
+        /// The file.
+        path: PathBuf,
+        /// What the parser says.
+        source: safetensors::SafeTensorError,
+    },
+    /// Weights do not fit the configuration. Every problem is listed.
+    #[error(
+        "{}: weights do not fit config.json:{}",
+        path.display(),
+        problems.iter().map(|p| format!("\n  {p}")).collect::<String>()
+    )]
+    Weights {
+        /// The model's folder.
+        path: PathBuf,
+        /// All tensors that are missing, not expected, or of another shape or type.
+        problems: Vec<WeightProblem>,
+    },
+    /// libtorch, a batch or a configuration of the core crate.
+    #[error(transparent)]
+    Core(#[from] rlhf_core::Error),
+}
+
+/// One tensor that does not fit.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum WeightProblem {
+    /// The model needs it, the file lacks it.
+    #[error("missing: {name} {shape:?}")]
+    Missing {
+        /// The tensor.
+        name: String,
+        /// The shape that the model needs.
+        shape: Vec<i64>,
+    },
+    /// The file has it, the model has no place for it.
+    #[error("unexpected: {name} {shape:?}")]
+    Unexpected {
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        shape: Vec<i64>,
+    },
+    /// The shapes differ.
+    #[error("misshapen: {name} is {found:?}, the model needs {expected:?}")]
+    Shape {
+        /// The tensor.
+        name: String,
+        /// Shape in the file.
+        found: Vec<i64>,
+        /// Shape that the model needs.
+        expected: Vec<i64>,
+    },
+    /// The element type is not one that weights can have here.
+    #[error("{name} has element type {dtype}, not f64, f32, f16 or bf16")]
+    Dtype {
+        /// The tensor.
+        name: String,
+        /// Type in the file.
+        dtype: String,
+    },
+}
+
+impl Error {
+    /// An [`Error::Io`] for `path`; meant for `map_err`.
+    pub(crate) fn io(
+        action: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io {
+            action,
+            path,
+            source,
+        }
+    }
+}
+
+impl From<tch::TchError> for Error {
+    fn from(error: tch::TchError) -> Self {
+        Self::Core(error.into())
+    }
+}
+
+impl From<Error> for rlhf_core::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Core(error) => error,
+            other => Self::model(other),
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! Layers that several architectures are made of.
+
+use rlhf_core::Result;
+use tch::Tensor;
+
+use crate::weights::{Builder, Init};
+
+/// An affine map of the last dimension.
+pub(crate) struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    layout: Layout,
+}
+
+/// Which way a checkpoint stores a matrix. Weights keep the checkpoint's layout, so that a
+/// parameter is the same tensor in memory and on disk; on CPU both multiply equally fast.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// `[out, in]`, as PyTorch's `Linear`.
+    OutIn,
+    /// `[in, out]`, as the `Conv1D` of GPT-2.
+    InOut,
+}
+
+impl Linear {
+    /// Takes `<name>.weight`, and `<name>.bias` where there is one.
+    pub(crate) fn build(
+        builder: &mut Builder,
+        name: &str,
+        (inputs, outputs): (i64, i64),
+        layout: Layout,
+        bias: bool,
+        init: Init,
+    ) -> Self {
+        let shape = match layout {
+            Layout::OutIn => [outputs, inputs],
+            Layout::InOut => [inputs, outputs],
+        };
+        Self {
+            weight: builder.weight(&format!("{name}.weight"), &shape, init),
+            bias: bias.then(|| builder.weight(&format!("{name}.bias"), &[outputs], Init::Zeros)),
+            layout,
+        }
+    }
+
+    /// `[N, in]` to `[N, out]`.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(match (self.layout, &self.bias) {
+            (Layout::OutIn, bias) => x.f_linear(&self.weight, bias.as_ref())?,
+            (Layout::InOut, Some(bias)) => bias.f_addmm(x, &self.weight)?,
+            (Layout::InOut, None) => x.f_matmul(&self.weight)?,
+        })
+    }
+}
+
+/// Normalisation to mean 0 and variance 1, then an affine map.
+pub(crate) struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: f64,
+}
+
+impl LayerNorm {
+    pub(crate) fn build(builder: &mut Builder, name: &str, size: i64, epsilon: f64) -> Self {
+        Self {
+            weight: builder.weight(&format!("{name}.weight"), &[size], Init::Ones),
+            bias: builder.weight(&format!("{name}.bias"), &[size], Init::Zeros),
+            epsilon,
+        }
+    }
+
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let size = self.weight.size();
+        Ok(x.f_layer_norm(
+            size.as_slice(),
+            Some(&self.weight),
+            Some(&self.bias),
+            self.epsilon,
+            true,
+        )?)
+    }
+}
+
+/// The non-linearity of a feed-forward layer, by the name that `config.json` gives it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[non_exhaustive]
+pub enum Activation {
+    /// GELU in its tanh approximation; also called `gelu_pytorch_tanh`.
+    #[serde(rename = "gelu_new", alias = "gelu_pytorch_tanh")]
+    GeluTanh,
+    /// GELU with the error function.
+    #[serde(rename = "gelu")]
+    Gelu,
+    /// max(x, 0).
+    #[serde(rename = "relu")]
+    Relu,
+    /// x · sigmoid(x).
+    #[serde(rename = "silu", alias = "swish")]
+    Silu,
+}
+
+impl Activation {
+    pub(crate) fn forward(self, x: &Tensor) -> Result<Tensor> {
+        Ok(match self {
+            Self::GeluTanh => x.f_gelu("tanh")?,
+            Self::Gelu => x.f_gelu("none")?,
+            Self::Relu => x.f_relu()?,
+            Self::Silu => x.f_silu()?,
+        })
+    }
+}

@@ -1,0 +1,160 @@
+//! Embeddings and blocks of any architecture, with the weights of the whole model.
+
+use std::path::Path;
+
+use rlhf_core::PackedBatch;
+use tch::{Device, Kind, Tensor};
+
+use crate::attention::{Attention, SegmentAttention};
+use crate::checkpoint::{read_weights, write_model};
+use crate::config::Head;
+use crate::gpt2::Gpt2;
+use crate::weights::{Builder, WeightMap};
+use crate::{Error, LoadOptions, ModelConfig, Result};
+
+/// Everything of a model but its head.
+pub(crate) enum Trunk {
+    Gpt2(Gpt2),
+}
+
+impl Trunk {
+    pub(crate) fn build(config: &ModelConfig, builder: &mut Builder) -> Self {
+        match config {
+            ModelConfig::Gpt2(config) => Self::Gpt2(Gpt2::build(config, builder)),
+        }
+    }
+
+    pub(crate) fn token_embedding(&self) -> &Tensor {
+        match self {
+            Self::Gpt2(model) => model.token_embedding(),
+        }
+    }
+
+    /// `[N]` ids and positions to `[N, H]` hidden states.
+    pub(crate) fn forward(
+        &self,
+        ids: &Tensor,
+        positions: &Tensor,
+        attention: &mut dyn Attention,
+    ) -> rlhf_core::Result<Tensor> {
+        match self {
+            Self::Gpt2(model) => model.forward(ids, positions, attention),
+        }
+    }
+
+    /// `[N, H]` hidden states of a packed batch.
+    pub(crate) fn hidden_states(&self, batch: &PackedBatch) -> rlhf_core::Result<Tensor> {
+        let mut attention = SegmentAttention::new(&batch.segments);
+        self.forward(&batch.input_ids, &batch.position_ids, &mut attention)
+    }
+}
+
+/// A trunk and a head with the weights of both.
+pub(crate) struct Model<H> {
+    pub(crate) config: ModelConfig,
+    pub(crate) trunk: Trunk,
+    pub(crate) head: H,
+    pub(crate) weights: WeightMap,
+}
+
+impl<H> Model<H> {
+    /// Builds trunk and head from one source of weights; `dir` names it in errors.
+    pub(crate) fn build(
+        config: ModelConfig,
+        mut builder: Builder,
+        dir: &Path,
+        head: impl FnOnce(&ModelConfig, &Trunk, &mut Builder) -> H,
+    ) -> Result<Self> {
+        let trunk = Trunk::build(&config, &mut builder);
+        let head = head(&config, &trunk, &mut builder);
+        let weights = builder.finish().map_err(|problems| Error::Weights {
+            path: dir.into(),
+            problems,
+        })?;
+        Ok(Self {
+            config,
+            trunk,
+            head,
+            weights,
+        })
+    }
+
+    /// Reads a folder's weights under this crate's names for them.
+    pub(crate) fn load(
+        dir: &Path,
+        options: &LoadOptions,
+        adapt: impl FnOnce(&ModelConfig, &mut WeightMap),
+        head: impl FnOnce(&ModelConfig, &Trunk, &mut Builder) -> H,
+    ) -> Result<Self> {
+        let config = ModelConfig::from_dir(dir)?;
+        let mut weights: WeightMap = read_weights(dir)?
+            .into_iter()
+            .map(|(name, tensor)| (canonical(&config, name), tensor))
+            .collect();
+        adapt(&config, &mut weights);
+        let stored = weights.values().next().map_or(Kind::Float, Tensor::kind);
+        let kind = options.kind.unwrap_or(stored);
+        let builder = Builder::from_weights(weights, options.device, kind);
+        Self::build(config, builder, dir, head)
+    }
+
+    pub(crate) fn save(&self, dir: &Path, head: Head, kind: Kind) -> Result<()> {
+        let weights = self
+            .weights
+            .iter()
+            .map(|(name, tensor)| Ok((name.clone(), tensor.f_to_kind(kind)?)))
+            .collect::<Result<Vec<_>>>()?;
+        write_model(dir, weights, &self.config.to_json(head, kind))
+    }
+
+    /// A copy of every weight, to build another model from.
+    pub(crate) fn copied_weights(&self) -> Result<WeightMap> {
+        let _guard = tch::no_grad_guard();
+        self.weights
+            .iter()
+            .map(|(name, tensor)| {
+                let mut copy = tensor.f_empty_like()?;
+                copy.f_copy_(tensor)?;
+                Ok((name.clone(), copy))
+            })
+            .collect()
+    }
+
+    pub(crate) fn trainable(&self) -> Vec<(String, Tensor)> {
+        self.weights
+            .iter()
+            .filter(|(_, tensor)| tensor.requires_grad())
+            .map(|(name, tensor)| (name.clone(), tensor.shallow_clone()))
+            .collect()
+    }
+
+    pub(crate) fn set_trainable(&mut self, trainable: bool) {
+        for tensor in self.weights.values() {
+            // Returns another handle of the same tensor, on which the flag is set.
+            let _ = tensor.set_requires_grad(trainable);
+        }
+    }
+
+    pub(crate) fn device(&self) -> Device {
+        self.trunk.token_embedding().device()
+    }
+
+    pub(crate) fn kind(&self) -> Kind {
+        self.trunk.token_embedding().kind()
+    }
+}
+
+/// Trunks are saved with and without the prefix that their causal model gives them.
+fn canonical(config: &ModelConfig, name: String) -> String {
+    let prefix = match config {
+        ModelConfig::Gpt2(_) => "transformer.",
+    };
+    let of_head = ["lm_head.", "score.", "v_head."]
+        .iter()
+        .any(|head| name.starts_with(head));
+    if of_head || name.starts_with(prefix) {
+        name
+    } else {
+        format!("{prefix}{name}")
+    }
+}

@@ -1,0 +1,132 @@
+//! Weights by name: where a model's tensors come from, and where they are kept.
+
+use std::collections::BTreeMap;
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tch::{Device, Kind, Tensor};
+
+use crate::WeightProblem;
+
+/// A model's weights by their name in the checkpoint, each once.
+pub(crate) type WeightMap = BTreeMap<String, Tensor>;
+
+/// How a weight that no checkpoint provides begins.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Init {
+    Zeros,
+    Ones,
+    /// Normal with mean 0 and this standard deviation.
+    Normal(f64),
+}
+
+/// Gives a model under construction its weights, and notes all that do not fit.
+pub(crate) struct Builder {
+    source: Source,
+    device: Device,
+    kind: Kind,
+    weights: WeightMap,
+    problems: Vec<WeightProblem>,
+}
+
+enum Source {
+    Checkpoint(WeightMap),
+    Random { seed: u64 },
+}
+
+impl Builder {
+    /// Weights of a checkpoint: every one that the model needs, and no other.
+    pub(crate) fn from_weights(weights: WeightMap, device: Device, kind: Kind) -> Self {
+        Self::new(Source::Checkpoint(weights), device, kind)
+    }
+
+    /// Fresh weights. Those of one name depend on the seed and the name only.
+    pub(crate) fn random(seed: u64, device: Device, kind: Kind) -> Self {
+        Self::new(Source::Random { seed }, device, kind)
+    }
+
+    fn new(source: Source, device: Device, kind: Kind) -> Self {
+        Self {
+            source,
+            device,
+            kind,
+            weights: WeightMap::new(),
+            problems: Vec::new(),
+        }
+    }
+
+    /// The weight of that name. Where it does not fit, the problem is noted for
+    /// [`finish`](Self::finish) and a stand-in returned.
+    pub(crate) fn weight(&mut self, name: &str, shape: &[i64], init: Init) -> Tensor {
+        let tensor = match &mut self.source {
+            Source::Random { seed } => fresh(*seed, name, shape, init),
+            Source::Checkpoint(weights) => match weights.remove(name) {
+                Some(tensor) if tensor.size() == shape => tensor,
+                Some(tensor) => {
+                    self.problems.push(WeightProblem::Shape {
+                        name: name.into(),
+                        found: tensor.size(),
+                        expected: shape.into(),
+                    });
+                    Tensor::zeros([0], (Kind::Float, Device::Cpu))
+                }
+                None => {
+                    self.problems.push(WeightProblem::Missing {
+                        name: name.into(),
+                        shape: shape.into(),
+                    });
+                    Tensor::zeros([0], (Kind::Float, Device::Cpu))
+                }
+            },
+        };
+        let tensor = tensor.to_device(self.device).to_kind(self.kind);
+        let tensor = tensor.set_requires_grad(true);
+        self.weights.insert(name.into(), tensor.shallow_clone());
+        tensor
+    }
+
+    /// All weights that were asked for, or every problem met.
+    pub(crate) fn finish(mut self) -> Result<WeightMap, Vec<WeightProblem>> {
+        if let Source::Checkpoint(rest) = &self.source {
+            self.problems
+                .extend(rest.iter().map(|(name, tensor)| WeightProblem::Unexpected {
+                    name: name.clone(),
+                    shape: tensor.size(),
+                }));
+        }
+        if self.problems.is_empty() {
+            Ok(self.weights)
+        } else {
+            Err(self.problems)
+        }
+    }
+}
+
+fn fresh(seed: u64, name: &str, shape: &[i64], init: Init) -> Tensor {
+    let options = (Kind::Float, Device::Cpu);
+    match init {
+        Init::Zeros => Tensor::zeros(shape, options),
+        Init::Ones => Tensor::ones(shape, options),
+        Init::Normal(std) => {
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            rng.set_stream(fnv1a(name));
+            let count = shape.iter().product::<i64>() as usize;
+            let mut values = Vec::with_capacity(count + 1);
+            while values.len() < count {
+                // Box-Muller; 1 - u lies in (0, 1], so the logarithm is finite.
+                let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt() * std;
+                let angle = std::f64::consts::TAU * rng.random::<f64>();
+                values.push((radius * angle.cos()) as f32);
+                values.push((radius * angle.sin()) as f32);
+            }
+            Tensor::from_slice(&values[..count]).view(shape)
+        }
+    }
+}
+
+/// A hash that is the same on every platform and in every version, unlike the standard one.
+fn fnv1a(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}

@@ -1,0 +1,76 @@
+//! Reference values made by running transformers 5.23 and TRL 1.12.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, dead_code)]
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use rlhf_models::core::{Sequence, SequenceBatch};
+use rlhf_models::tch::{Kind, Tensor};
+
+/// One case: what was run, and the tensors that came out.
+pub struct Case {
+    pub json: serde_json::Value,
+    tensors: HashMap<String, Tensor>,
+}
+
+impl Case {
+    pub fn read(name: &str) -> Self {
+        let dir = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens")).join(name);
+        let json = serde_json::from_slice(&std::fs::read(dir.join("case.json")).unwrap()).unwrap();
+        let file = dir.join("tensors.safetensors");
+        let tensors = match file.exists() {
+            true => Tensor::read_safetensors(file)
+                .unwrap()
+                .into_iter()
+                .collect(),
+            false => HashMap::new(),
+        };
+        Self { json, tensors }
+    }
+
+    pub fn tensor(&self, name: &str) -> &Tensor {
+        let known = || self.tensors.keys().collect::<Vec<_>>();
+        self.tensors
+            .get(name)
+            .unwrap_or_else(|| panic!("no {name} in {:?}", known()))
+    }
+
+    pub fn rows(&self, name: &str) -> Vec<Vec<i64>> {
+        Vec::<Vec<i64>>::try_from(self.tensor(name)).unwrap()
+    }
+
+    pub fn tolerance(&self, name: &str) -> f64 {
+        self.json["tolerance"][name].as_f64().unwrap()
+    }
+}
+
+pub fn model_dir(name: &str) -> PathBuf {
+    PathBuf::from(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../tests/goldens/models"
+    ))
+    .join(name)
+}
+
+/// Prompts and completions of padded rows, whichever side the padding is on.
+pub fn batch(ids: &[Vec<i64>], attention: &[Vec<i64>], completion: &[Vec<i64>]) -> SequenceBatch {
+    let sequences = (0..ids.len()).map(|row| {
+        let pick = |wanted: i64| -> Vec<i64> {
+            (0..ids[row].len())
+                .filter(|&t| attention[row][t] == 1 && completion[row][t] == wanted)
+                .map(|t| ids[row][t])
+                .collect()
+        };
+        Sequence::new(pick(0), pick(1))
+    });
+    SequenceBatch::new(sequences.collect()).unwrap()
+}
+
+pub fn assert_close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
+    assert_eq!(got.size(), want.size(), "{what}");
+    let difference = (got.to_kind(Kind::Double) - want.to_kind(Kind::Double))
+        .abs()
+        .max()
+        .double_value(&[]);
+    assert!(difference <= tolerance, "{what}: off by {difference:e}");
+}

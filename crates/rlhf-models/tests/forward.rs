@@ -1,0 +1,67 @@
+//! Logits, log-probs and entropies equal those of transformers.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use common::{Case, assert_close, batch, model_dir};
+use rlhf_models::core::{LogprobOptions, PaddingSide, Policy};
+use rlhf_models::tch::{Device, IndexOp};
+use rlhf_models::{CausalLm, LoadOptions};
+
+fn check(name: &str) {
+    let case = Case::read(&format!("forward/{name}"));
+    let model = CausalLm::from_pretrained(model_dir(name), &LoadOptions::default()).unwrap();
+    for (key, side) in [("right", PaddingSide::Right), ("left", PaddingSide::Left)] {
+        let rows = |part: &str| case.rows(&format!("{key}/{part}"));
+        let (ids, attention) = (rows("input_ids"), rows("attention_mask"));
+        let batch = batch(&ids, &attention, &rows("completion_mask"));
+        let padded = batch.padded(model.pad_token_id(), side, Device::Cpu);
+        let logits = model.logits(&padded).unwrap();
+        let tolerance = case.tolerance("logits_abs");
+        for (row, (&offset, &length)) in padded.offsets.iter().zip(&padded.lengths).enumerate() {
+            let (row, offset, length) = (row as i64, offset as i64, length as i64);
+            let last = logits.i((row, offset + length - 1));
+            let want = case.tensor("right/logits_last").i(row);
+            assert_close("last logits", &last, &want, tolerance);
+            if row == 0 {
+                let got = logits.i((row, offset..offset + length));
+                let want = case.tensor("right/logits_row0");
+                assert_close("row 0", &got, want, tolerance);
+            }
+        }
+        for temperature in ["1.0", "0.7"] {
+            let options = LogprobOptions {
+                temperature: temperature.parse().unwrap(),
+                entropy: true,
+            };
+            let out = model.logprobs(&batch, &options).unwrap();
+            let want = case.tensor(&format!("{key}/logprobs_t{temperature}"));
+            let want_entropy = case.tensor(&format!("{key}/entropy_t{temperature}"));
+            let entropy = out.entropy.unwrap();
+            for (row, sequence) in batch.sequences().iter().enumerate() {
+                let responses = sequence.response.len() as i64;
+                let start = (padded.offsets[row] + sequence.prompt.len() - 1) as i64;
+                let row = row as i64;
+                let mine = |t: &rlhf_models::tch::Tensor| t.i((row, ..responses));
+                let theirs = |t: &rlhf_models::tch::Tensor| t.i((row, start..start + responses));
+                let tolerance = case.tolerance("logprobs_abs");
+                assert_close("log-probs", &mine(&out.logprobs), &theirs(want), tolerance);
+                let tolerance = case.tolerance("entropy_abs");
+                assert_close("entropy", &mine(&entropy), &theirs(want_entropy), tolerance);
+                assert_eq!(
+                    out.logprobs
+                        .i((row, responses..))
+                        .abs()
+                        .sum(rlhf_models::tch::Kind::Float)
+                        .double_value(&[]),
+                    0.0
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn gpt2() {
+    check("gpt2");
+}
