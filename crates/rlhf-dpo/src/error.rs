@@ -10,4 +10,7 @@ pub enum Error {
     /// A batch, a model or a file is not as it should be.
     #[error(transparent)]
     Core(#[from] rlhf_core::Error),
+    /// The update of the weights failed.
+    #[error(transparent)]
+    Scale(#[from] rlhf_scale::Error),
 }

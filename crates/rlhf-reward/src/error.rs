@@ -10,6 +10,9 @@ pub enum Error {
     /// A batch, a model or a file is not as it should be.
     #[error(transparent)]
     Core(#[from] rlhf_core::Error),
+    /// The update of the weights failed.
+    #[error(transparent)]
+    Scale(#[from] rlhf_scale::Error),
     /// The scorer does not give one number per sequence.
     #[error(
         "the scorer gave {shape:?} for {sequences} sequences; {objective} needs [{sequences}, 1]"
