@@ -32,8 +32,8 @@ enum Display {
 }
 
 impl ProgressObserver {
-    /// Shows `metrics`, in that order, each by the last part of its path. Three or four fit a
-    /// terminal. What an event does not have is left out.
+    /// Shows `metrics`, in that order, each without the first part of its path. Three or four fit
+    /// a terminal. What an event does not have is left out.
     pub fn new(metrics: impl IntoIterator<Item = impl Into<String>>) -> Self {
         if std::io::stderr().is_terminal() {
             return Self::with(metrics, Display::Bar(None));
@@ -65,7 +65,7 @@ impl ProgressObserver {
         let mut message = String::new();
         for metric in &self.metrics {
             if let Some(value) = event.stats.get(metric) {
-                let name = metric.rsplit('/').next().unwrap_or(metric);
+                let name = metric.split_once('/').map_or(metric.as_str(), |(_, name)| name);
                 // Writing to a String cannot fail.
                 let _ = write!(message, "  {name} {}", Short(value));
             }
@@ -159,8 +159,8 @@ mod tests {
     fn a_log_gets_the_first_and_last_line_of_each_phase() {
         let log = Log::default();
         let hour = Duration::from_secs(3600);
-        let mut observer = ProgressObserver::lines(["ppo/kl", "ppo/absent"], hour, log.clone());
-        let stats: Stats = [("ppo/kl", 0.5)].into_iter().collect();
+        let mut observer = ProgressObserver::lines(["ppo/score/mean", "ppo/absent"], hour, log.clone());
+        let stats: Stats = [("ppo/score/mean", 0.5)].into_iter().collect();
         for phase in ["reward", "ppo"] {
             for step in 1..=4 {
                 let event = Event {
@@ -173,8 +173,8 @@ mod tests {
             }
         }
         let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
-        let expected = "reward 1/4  kl 0.50000\nreward 4/4  kl 0.50000\n\
-                        ppo 1/4  kl 0.50000\nppo 4/4  kl 0.50000\n";
+        let expected = "reward 1/4  score/mean 0.50000\nreward 4/4  score/mean 0.50000\n\
+                        ppo 1/4  score/mean 0.50000\nppo 4/4  score/mean 0.50000\n";
         assert_eq!(text, expected);
     }
 
