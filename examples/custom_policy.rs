@@ -9,10 +9,12 @@
 //! cargo run --release --example custom_policy
 //! ```
 
+#![allow(clippy::print_stdout)] // an example talks to its user
+
 use std::sync::Arc;
 
 use rlhf_ppo::core::{
-    Error, Event, GenerationConfig, Observer, PaddedBatch, PaddingSide, Parameters, Policy,
+    Error, GenerationConfig, Observer, PaddedBatch, PaddingSide, Parameters, Policy,
     ProgressObserver, Result, RngStreams, Sequence, SequenceBatch, ValueModel, generate, reward_fn,
 };
 use rlhf_ppo::tch::{Device, Kind, Tensor};

@@ -65,7 +65,9 @@ impl ProgressObserver {
         let mut message = String::new();
         for metric in &self.metrics {
             if let Some(value) = event.stats.get(metric) {
-                let name = metric.split_once('/').map_or(metric.as_str(), |(_, name)| name);
+                let name = metric
+                    .split_once('/')
+                    .map_or(metric.as_str(), |(_, name)| name);
                 // Writing to a String cannot fail.
                 let _ = write!(message, "  {name} {}", Short(value));
             }
@@ -159,7 +161,8 @@ mod tests {
     fn a_log_gets_the_first_and_last_line_of_each_phase() {
         let log = Log::default();
         let hour = Duration::from_secs(3600);
-        let mut observer = ProgressObserver::lines(["ppo/score/mean", "ppo/absent"], hour, log.clone());
+        let mut observer =
+            ProgressObserver::lines(["ppo/score/mean", "ppo/absent"], hour, log.clone());
         let stats: Stats = [("ppo/score/mean", 0.5)].into_iter().collect();
         for phase in ["reward", "ppo"] {
             for step in 1..=4 {
