@@ -3,16 +3,16 @@
 use std::env;
 use std::path::PathBuf;
 
-fn main() {
+fn main() -> Result<(), &'static str> {
     println!("cargo:rerun-if-changed=csrc/shim.cpp");
     println!("cargo:rerun-if-env-changed=LIBTORCH_INCLUDE");
     println!("cargo:rerun-if-env-changed=LIBTORCH_CXX11_ABI");
     if env::var_os("CARGO_FEATURE_DOC_ONLY").is_some() {
-        return;
+        return Ok(());
     }
-    let Some(lib) = env::var_os("DEP_TCH_LIBTORCH_LIB").map(PathBuf::from) else {
-        panic!("torch-sys did not say where libtorch is; its version is not one this crate knows");
-    };
+    let lib = env::var_os("DEP_TCH_LIBTORCH_LIB")
+        .map(PathBuf::from)
+        .ok_or("torch-sys did not say where libtorch is; use a version that Cargo.toml allows")?;
     let include = match env::var_os("LIBTORCH_INCLUDE") {
         Some(root) => PathBuf::from(root).join("include"),
         None => lib.join("..").join("include"),
@@ -31,4 +31,5 @@ fn main() {
     // mention of these two may be too early for it.
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");
+    Ok(())
 }

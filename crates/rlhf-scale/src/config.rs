@@ -157,3 +157,58 @@ impl UpdateConfig {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn invalid_fields_are_named() {
+        type Change = fn(&mut UpdateConfig);
+        let cases: [(Change, &str); 7] = [
+            (|c| c.optimizer.lr = f64::NAN, "optimizer.lr"),
+            (|c| c.optimizer.lr = -1.0, "optimizer.lr"),
+            (|c| c.optimizer.beta1 = 1.0, "optimizer.beta1"),
+            (|c| c.optimizer.beta2 = -0.1, "optimizer.beta2"),
+            (|c| c.optimizer.eps = 0.0, "optimizer.eps"),
+            (
+                |c| c.optimizer.weight_decay = f64::INFINITY,
+                "optimizer.weight_decay",
+            ),
+            (|c| c.max_grad_norm = Some(0.0), "max_grad_norm"),
+        ];
+        UpdateConfig::default().validate().unwrap();
+        for (change, field) in cases {
+            let mut config = UpdateConfig::default();
+            change(&mut config);
+            let message = config.validate().unwrap_err().to_string();
+            assert!(message.starts_with(&format!("{field} = ")), "{message}");
+        }
+    }
+
+    #[test]
+    fn survives_json_and_refuses_unknown_fields() {
+        let config = UpdateConfig {
+            schedule: Schedule::cosine(3, 7),
+            max_grad_norm: None,
+            ..UpdateConfig::default()
+        };
+        let text = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<UpdateConfig>(&text).unwrap(), config);
+        assert_eq!(
+            serde_json::from_str::<UpdateConfig>("{}").unwrap(),
+            UpdateConfig::default()
+        );
+        let typo = r#"{"optimizer": {"learning_rate": 1}}"#;
+        assert!(serde_json::from_str::<UpdateConfig>(typo).is_err());
+    }
+
+    #[test]
+    fn the_rules_tell_matrices_from_vectors() {
+        let decays = |rule: DecayRule| [rule.decays(&[]), rule.decays(&[4]), rule.decays(&[4, 1])];
+        assert_eq!(decays(DecayRule::Vectors), [false, false, true]);
+        assert_eq!(decays(DecayRule::Nothing), [true; 3]);
+        assert_eq!(decays(DecayRule::Everything), [false; 3]);
+    }
+}

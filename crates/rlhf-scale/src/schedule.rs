@@ -45,6 +45,7 @@ pub enum ScheduleKind {
     /// Past the last step the wave rises again, as it does in transformers.
     Cosine {
         /// Factor at the last step, in `[0, 1]`.
+        #[serde(default)]
         min_factor: f64,
     },
     /// `cycles` half waves, each starting at 1 (`cosine_with_restarts`).
@@ -57,6 +58,7 @@ pub enum ScheduleKind {
         /// Exponent.
         power: f64,
         /// Factor at the last step: transformers' `lr_end` divided by the learning rate.
+        #[serde(default)]
         end_factor: f64,
     },
     /// Falls with the root of the step (`inverse_sqrt`), on the time scale of the warm-up, or of
@@ -184,4 +186,56 @@ impl Schedule {
 /// Half a cosine wave: 1 at 0, 0 at 1.
 fn half_wave(progress: f64) -> f64 {
     0.5 * (1.0 + (PI * progress).cos())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn parse(text: &str) -> Result<Schedule, serde_json::Error> {
+        serde_json::from_str(text)
+    }
+
+    #[test]
+    fn reads_short_forms_and_refuses_typos() {
+        let linear = parse(r#"{"kind": "linear", "warmup_steps": 3, "total_steps": 9}"#).unwrap();
+        assert_eq!(linear, Schedule::linear(3, 9));
+        let cosine = parse(r#"{"kind": {"cosine": {}}, "total_steps": 9}"#).unwrap();
+        assert_eq!(cosine, Schedule::cosine(0, 9));
+        assert!(parse(r#"{"kind": "linaer"}"#).is_err());
+        assert!(parse(r#"{"kind": {"cosine": {"min_facto": 0.1}}}"#).is_err());
+        assert!(parse(r#"{"warmup": 3}"#).is_err());
+    }
+
+    #[test]
+    fn invalid_fields_are_named() {
+        let of = |kind| Schedule {
+            kind,
+            warmup_steps: 2,
+            total_steps: 9,
+        };
+        let polynomial = |power, end_factor| of(ScheduleKind::Polynomial { power, end_factor });
+        let cases = [
+            (Schedule::linear(0, 0), "schedule.total_steps"),
+            (Schedule::cosine(10, 9), "schedule.total_steps"),
+            (
+                of(ScheduleKind::Cosine { min_factor: 1.5 }),
+                "schedule.kind.min_factor",
+            ),
+            (
+                of(ScheduleKind::CosineWithRestarts { cycles: 0 }),
+                "schedule.kind.cycles",
+            ),
+            (polynomial(0.0, 0.0), "schedule.kind.power"),
+            (polynomial(1.0, f64::NAN), "schedule.kind.end_factor"),
+        ];
+        for (schedule, field) in cases {
+            let message = schedule.validate().unwrap_err().to_string();
+            assert!(message.starts_with(&format!("{field} = ")), "{message}");
+        }
+        for schedule in [Schedule::constant(), of(ScheduleKind::InverseSqrt)] {
+            schedule.validate().unwrap();
+        }
+    }
 }

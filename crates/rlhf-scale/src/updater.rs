@@ -289,7 +289,7 @@ impl Updater {
             let finite = grad
                 .f_isfinite()
                 .and_then(|flags| flags.f_all())
-                .and_then(|all| bool::try_from(all));
+                .and_then(bool::try_from);
             match finite {
                 Ok(true) => {}
                 Ok(false) => {

@@ -4,7 +4,8 @@
 use std::path::Path;
 
 use rlhf_scale::{
-    AdamWConfig, Error, Schedule, TensorProblem, UpdateConfig, UpdateStats, Updater, io,
+    AdamW, AdamWConfig, DecayRule, Error, Schedule, TensorProblem, UpdateConfig, UpdateStats,
+    Updater, io, set_grad,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -478,4 +479,64 @@ fn a_transposed_parameter_trains_as_its_contiguous_twin() {
         }
     }
     assert_eq!(bytes(&plain), bytes(&transposed));
+}
+
+#[test]
+fn a_gradient_laid_out_otherwise_reaches_the_right_elements() {
+    // The fused kernel walks storage: without care, weight (i, j) would get gradient (j, i).
+    let grad = (Tensor::arange(6, (Kind::Float, CPU)) - 2.0).view([2, 3]);
+    let stepped = |weight: Tensor| {
+        let weight = weight.set_requires_grad(true);
+        set_grad(&weight, Some(&grad)).unwrap();
+        let params = vec![("w".to_string(), weight.shallow_clone())];
+        AdamW::new(params, &AdamWConfig::default())
+            .unwrap()
+            .step(1.0)
+            .unwrap();
+        bytes(&weight)
+    };
+    let zeros = |shape: [i64; 2]| Tensor::zeros(shape, (Kind::Float, CPU));
+    assert_eq!(stepped(zeros([2, 3])), stepped(zeros([3, 2]).tr()));
+}
+
+#[test]
+fn refreshed_masters_follow_a_parameter_changed_by_hand() {
+    let weight = Tensor::ones([2], (Kind::BFloat16, CPU)).set_requires_grad(true);
+    let params = vec![("w".to_string(), weight.shallow_clone())];
+    let mut optimizer = AdamW::new(params, &AdamWConfig::default()).unwrap();
+    let _ = tch::no_grad(|| weight.shallow_clone().fill_(8.0));
+    optimizer.refresh_masters().unwrap();
+    set_grad(&weight, Some(&Tensor::ones([2], (Kind::BFloat16, CPU)))).unwrap();
+    optimizer.step(1.0).unwrap();
+    assert_eq!(weight.double_value(&[0]), 8.0);
+    let master = &optimizer
+        .state()
+        .into_iter()
+        .find(|(name, _)| name == "master.w")
+        .unwrap()
+        .1;
+    assert!((master.double_value(&[0]) - (8.0 - 5e-5)).abs() < 1e-6);
+}
+
+#[test]
+fn weight_decay_follows_the_rule() {
+    let decayed = |no_decay: DecayRule| {
+        ["matrix", "vector"].map(|name| {
+            let shape: &[i64] = if name == "matrix" { &[1, 1] } else { &[1] };
+            let weight = Tensor::ones(shape, (Kind::Float, CPU)).set_requires_grad(true);
+            let config = AdamWConfig {
+                lr: 0.1,
+                weight_decay: 0.5,
+                no_decay,
+                ..AdamWConfig::default()
+            };
+            let params = vec![(name.to_string(), weight.shallow_clone())];
+            set_grad(&weight, Some(&weight.zeros_like())).unwrap();
+            AdamW::new(params, &config).unwrap().step(1.0).unwrap();
+            weight.double_value(&vec![0; shape.len()]) < 1.0
+        })
+    };
+    assert_eq!(decayed(DecayRule::Vectors), [true, false]);
+    assert_eq!(decayed(DecayRule::Nothing), [true, true]);
+    assert_eq!(decayed(DecayRule::Everything), [false, false]);
 }
