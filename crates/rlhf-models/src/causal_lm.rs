@@ -3,12 +3,13 @@
 use std::path::Path;
 
 use rlhf_core::{
-    LogprobOptions, PackedBatch, PaddedBatch, Parameters, Policy, SequenceBatch, TokenLogprobs,
-    entropy, gather_logprobs,
+    Decoder, LogprobOptions, PackedBatch, PaddedBatch, Parameters, Policy, SequenceBatch,
+    TokenLogprobs, entropy, gather_logprobs,
 };
 use tch::{Device, Kind, Tensor};
 
 use crate::config::Head;
+use crate::decoder::CachedDecoder;
 use crate::trunk::{Model, Trunk};
 use crate::weights::{Builder, Init, WeightMap};
 use crate::{ModelConfig, Result};
@@ -74,7 +75,12 @@ impl CausalLm {
     /// [`Error::Weights`](crate::Error::Weights) with every tensor that is missing, unexpected or
     /// misshapen.
     pub fn from_pretrained(dir: impl AsRef<Path>, options: &LoadOptions) -> Result<Self> {
-        let model = Model::load(dir.as_ref(), options, drop_tied_head, LmHead::build)?;
+        let model = Model::load(
+            dir.as_ref(),
+            options,
+            drop_tied_head,
+            |(), config, trunk, builder| LmHead::build(config, trunk, builder),
+        )?;
         Ok(Self { model })
     }
 
@@ -189,9 +195,7 @@ impl Policy for CausalLm {
         options: &LogprobOptions,
     ) -> rlhf_core::Result<TokenLogprobs> {
         options.validate()?;
-        batch.check_length(self.config().max_length())?;
-        batch.check_vocabulary(self.config().vocab_size())?;
-        let packed = batch.packed(self.device());
+        let packed = self.model.checked_packed(batch)?;
         let hidden = self.hidden_states(&packed)?;
         // Logits of the tokens that predict a response token, and of no other.
         let hidden = hidden.f_index_select(0, &packed.predicting_rows())?;
@@ -210,6 +214,10 @@ impl Policy for CausalLm {
             },
             mask,
         })
+    }
+
+    fn decoder(&self, max_new_tokens: usize) -> rlhf_core::Result<Box<dyn Decoder + '_>> {
+        Ok(Box::new(CachedDecoder::new(self, max_new_tokens)))
     }
 }
 

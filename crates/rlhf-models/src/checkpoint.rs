@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
+use rlhf_scale::tensor_from_owner;
 use safetensors::tensor::{Dtype, View};
 use safetensors::{SafeTensors, serialize_to_file};
 use serde_json::Value;
@@ -43,32 +44,65 @@ fn read_file(
     problems: &mut Vec<WeightProblem>,
 ) -> Result<()> {
     let file = std::fs::File::open(path).map_err(Error::io("opening", path))?;
-    // SAFETY: the map is read-only and dropped before this function returns. Whoever truncates
-    // the file meanwhile gets this process a SIGBUS, as with every memory-mapped loader.
+    // SAFETY: the map is private, so writes to the weights never reach the file. Whoever
+    // truncates the file meanwhile gets this process a SIGBUS, as with every loader that maps;
+    // this crate replaces files by renaming, which leaves the old contents to the map.
     #[allow(unsafe_code)]
-    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io("mapping", path))?;
+    let map = unsafe { memmap2::MmapOptions::new().map_copy(&file) }
+        .map_err(Error::io("mapping", path))?;
     let parsed = SafeTensors::deserialize(&map).map_err(|source| Error::Safetensors {
         path: path.into(),
         source,
     })?;
-    for (name, view) in parsed.iter() {
-        let Some(kind) = kind_of(view.dtype()) else {
-            if !is_buffer(name) {
-                problems.push(WeightProblem::Dtype {
-                    name: name.into(),
-                    dtype: format!("{:?}", view.dtype()),
-                });
-            }
-            continue;
-        };
-        let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
-        if !is_buffer(name) {
-            // By bytes: tch takes half::bf16 for f16.
-            let tensor = Tensor::f_from_data_size(view.data(), &shape, kind)?;
-            weights.insert(name.into(), tensor);
+    let start = map.as_ptr() as usize;
+    let mut places = Vec::new();
+    for (name, view) in parsed.iter().filter(|(name, _)| !is_buffer(name)) {
+        match kind_of(view.dtype()) {
+            Some(kind) => places.push(Place {
+                name: name.into(),
+                kind,
+                shape: view.shape().iter().map(|&n| n as i64).collect(),
+                offset: (view.data().as_ptr() as usize - start) as i64,
+                bytes: view.data().len() as i64,
+            }),
+            None => problems.push(WeightProblem::Dtype {
+                name: name.into(),
+                dtype: format!("{:?}", view.dtype()),
+            }),
         }
     }
+    let length = map.len() as i64;
+    let whole = tensor_from_owner(map, |map| &mut map[..], &[length], Kind::Uint8)
+        .map_err(rlhf_core::Error::model)?;
+    for place in places {
+        weights.insert(place.name.clone(), place.tensor(&whole)?);
+    }
     Ok(())
+}
+
+/// Where a tensor lies in its file.
+struct Place {
+    name: String,
+    kind: Kind,
+    shape: Vec<i64>,
+    offset: i64,
+    bytes: i64,
+}
+
+impl Place {
+    /// A view of the file's bytes, or a copy where they are not aligned for the kind.
+    fn tensor(&self, whole: &Tensor) -> Result<Tensor> {
+        let mut bytes = whole.f_narrow(0, self.offset, self.bytes)?;
+        if self.offset % self.kind.elt_size_in_bytes() as i64 != 0 {
+            bytes = bytes.copy();
+        }
+        // `data` gives the weight a version counter of its own: writing to one must not
+        // invalidate what autograd has saved of another.
+        Ok(bytes
+            .f_view_dtype(self.kind)?
+            .f_view(self.shape.as_slice())?
+            .f_data()?)
+    }
 }
 
 /// Constants that old checkpoints carry along: causal masks and rotary frequencies.

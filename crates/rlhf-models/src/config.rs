@@ -6,10 +6,10 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use tch::Kind;
 
-use crate::{Error, Gpt2Config, Result};
+use crate::{Error, Gpt2Config, LlamaConfig, Result};
 
 /// Every `model_type` that can be loaded.
-pub const SUPPORTED_ARCHITECTURES: &[&str] = &["gpt2"];
+pub const SUPPORTED_ARCHITECTURES: &[&str] = &["gpt2", "llama"];
 
 /// A model's architecture with its sizes: `config.json`, resolved.
 #[derive(Debug, Clone, PartialEq)]
@@ -17,6 +17,8 @@ pub const SUPPORTED_ARCHITECTURES: &[&str] = &["gpt2"];
 pub enum ModelConfig {
     /// GPT-2.
     Gpt2(Gpt2Config),
+    /// Llama and its kin (SmolLM2 among them).
+    Llama(LlamaConfig),
 }
 
 /// Ids with a meaning of their own.
@@ -51,6 +53,7 @@ impl ModelConfig {
         let model_type: String = fields.need("model_type")?;
         match model_type.as_str() {
             "gpt2" => Gpt2Config::from_fields(fields).map(Self::Gpt2),
+            "llama" => LlamaConfig::from_fields(fields).map(Self::Llama),
             _ => Err(Error::UnknownArchitecture {
                 path: fields.path.clone(),
                 found: model_type,
@@ -60,11 +63,12 @@ impl ModelConfig {
     }
 
     pub(crate) fn to_json(&self, head: Head, kind: Kind) -> Value {
-        let (mut map, class) = match self {
-            Self::Gpt2(config) => (config.to_json(), "GPT2"),
+        let (mut map, class, causal) = match self {
+            Self::Gpt2(config) => (config.to_json(), "GPT2", "LMHeadModel"),
+            Self::Llama(config) => (config.to_json(), "Llama", "ForCausalLM"),
         };
         let suffix = match head {
-            Head::CausalLm => "LMHeadModel",
+            Head::CausalLm => causal,
             Head::Classifier { .. } => "ForSequenceClassification",
         };
         map.insert("architectures".into(), json!([format!("{class}{suffix}")]));
@@ -77,6 +81,10 @@ impl ModelConfig {
             let label2id: Map<_, _> = (0..labels)
                 .map(|i| (format!("LABEL_{i}"), json!(i)))
                 .collect();
+            if self.special_tokens().pad.is_none() {
+                let stand_in = self.special_tokens().eos.first().copied().unwrap_or(0);
+                map.insert("pad_token_id".into(), json!(stand_in));
+            }
             map.insert("id2label".into(), Value::Object(id2label));
             map.insert("label2id".into(), Value::Object(label2id));
         }
@@ -87,6 +95,7 @@ impl ModelConfig {
     pub fn vocab_size(&self) -> i64 {
         match self {
             Self::Gpt2(c) => c.vocab_size,
+            Self::Llama(c) => c.vocab_size,
         }
     }
 
@@ -94,6 +103,7 @@ impl ModelConfig {
     pub fn hidden_size(&self) -> i64 {
         match self {
             Self::Gpt2(c) => c.n_embd,
+            Self::Llama(c) => c.hidden_size,
         }
     }
 
@@ -101,6 +111,7 @@ impl ModelConfig {
     pub fn layers(&self) -> i64 {
         match self {
             Self::Gpt2(c) => c.n_layer,
+            Self::Llama(c) => c.num_hidden_layers,
         }
     }
 
@@ -108,6 +119,7 @@ impl ModelConfig {
     pub fn max_length(&self) -> usize {
         match self {
             Self::Gpt2(c) => c.n_positions as usize,
+            Self::Llama(c) => c.max_position_embeddings as usize,
         }
     }
 
@@ -115,6 +127,7 @@ impl ModelConfig {
     pub fn special_tokens(&self) -> &SpecialTokens {
         match self {
             Self::Gpt2(c) => &c.special_tokens,
+            Self::Llama(c) => &c.special_tokens,
         }
     }
 
@@ -122,6 +135,7 @@ impl ModelConfig {
     pub fn special_tokens_mut(&mut self) -> &mut SpecialTokens {
         match self {
             Self::Gpt2(c) => &mut c.special_tokens,
+            Self::Llama(c) => &mut c.special_tokens,
         }
     }
 
@@ -129,6 +143,7 @@ impl ModelConfig {
     pub fn ties_embeddings(&self) -> bool {
         match self {
             Self::Gpt2(c) => c.tie_word_embeddings,
+            Self::Llama(c) => c.tie_word_embeddings,
         }
     }
 
@@ -136,8 +151,19 @@ impl ModelConfig {
     pub fn initializer_range(&self) -> f64 {
         match self {
             Self::Gpt2(c) => c.initializer_range,
+            Self::Llama(c) => c.initializer_range,
         }
     }
+}
+
+/// Number of labels of a saved classifier, where its config says so.
+pub(crate) fn label_count(dir: &Path) -> Result<Option<i64>> {
+    let fields = Fields::read(&dir.join("config.json"))?;
+    let labels: Option<Map<String, Value>> = fields.get("id2label")?;
+    Ok(match labels {
+        Some(labels) => Some(labels.len() as i64),
+        None => fields.get("num_labels")?,
+    })
 }
 
 impl SpecialTokens {

@@ -81,6 +81,74 @@ pub enum Error {
         /// All tensors that are missing, not expected, or of another shape or type.
         problems: Vec<WeightProblem>,
     },
+    /// `tokenizer.json` cannot be used.
+    #[error("{}: not a usable tokenizer: {source}", path.display())]
+    Tokenizer {
+        /// The file.
+        path: PathBuf,
+        /// What the tokenizers library says.
+        source: tokenizers::Error,
+    },
+    /// A text that the tokenizer cannot encode.
+    #[error("encoding a text: {source}")]
+    Encode {
+        /// What the tokenizers library says.
+        source: tokenizers::Error,
+    },
+    /// Ids that the tokenizer cannot decode.
+    #[error("decoding token ids: {source}")]
+    Decode {
+        /// What the tokenizers library says.
+        source: tokenizers::Error,
+    },
+    /// A number that is no token id.
+    #[error("{id} is not a token id")]
+    InvalidId {
+        /// The number.
+        id: i64,
+    },
+    /// A tokenizer has ids that the model does not know.
+    #[error(
+        "the tokenizer has ids up to {largest_id} but the model's vocabulary is {vocab_size}; \
+         they do not belong together"
+    )]
+    VocabularyTooSmall {
+        /// The tokenizer's largest id.
+        largest_id: i64,
+        /// Number of ids that the model knows.
+        vocab_size: i64,
+    },
+    /// A conversation for a tokenizer that has no chat template.
+    #[error("the tokenizer has no chat template")]
+    NoChatTemplate,
+    /// A chat template with an error, or one that refused a conversation.
+    #[error("chat template: {source}")]
+    ChatTemplate {
+        /// What Jinja says.
+        source: minijinja::Error,
+    },
+    /// A line of a dataset cannot be used.
+    #[error(
+        "{}:{line}: {}{source}",
+        path.display(),
+        field.as_ref().map(|f| format!("field `{f}`: ")).unwrap_or_default()
+    )]
+    JsonLine {
+        /// The file.
+        path: PathBuf,
+        /// Number of the line, from 1.
+        line: usize,
+        /// The field, unless the line as a whole is at fault.
+        field: Option<String>,
+        /// What the parser says.
+        source: serde_json::Error,
+    },
+    /// A dataset without a record.
+    #[error("{}: no records", path.display())]
+    NoRecords {
+        /// The file.
+        path: PathBuf,
+    },
     /// libtorch, a batch or a configuration of the core crate.
     #[error(transparent)]
     Core(#[from] rlhf_core::Error),

@@ -1,7 +1,7 @@
 //! Layers that several architectures are made of.
 
 use rlhf_core::Result;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::weights::{Builder, Init};
 
@@ -78,6 +78,34 @@ impl LayerNorm {
             self.epsilon,
             true,
         )?)
+    }
+}
+
+/// Normalisation to a mean square of 1, then a scale per dimension (Zhang and Sennrich 2019).
+pub(crate) struct RmsNorm {
+    weight: Tensor,
+    epsilon: f64,
+}
+
+impl RmsNorm {
+    pub(crate) fn build(builder: &mut Builder, name: &str, size: i64, epsilon: f64) -> Self {
+        Self {
+            weight: builder.weight(&format!("{name}.weight"), &[size], Init::Ones),
+            epsilon,
+        }
+    }
+
+    /// The mean square is taken in f32 whatever the model's kind, as transformers does.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let wide = x.f_to_kind(Kind::Float)?;
+        let mean = wide
+            .f_square()?
+            .f_mean_dim([-1i64].as_slice(), true, Kind::Float)?;
+        let scale = mean.f_add_scalar(self.epsilon)?.f_rsqrt()?;
+        Ok(wide
+            .f_mul(&scale)?
+            .f_to_kind(x.kind())?
+            .f_mul(&self.weight)?)
     }
 }
 

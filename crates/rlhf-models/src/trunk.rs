@@ -2,31 +2,38 @@
 
 use std::path::Path;
 
-use rlhf_core::PackedBatch;
+use rlhf_core::{PackedBatch, SequenceBatch};
 use tch::{Device, Kind, Tensor};
 
 use crate::attention::{Attention, SegmentAttention};
 use crate::checkpoint::{read_weights, write_model};
 use crate::config::Head;
 use crate::gpt2::Gpt2;
+use crate::llama::Llama;
 use crate::weights::{Builder, WeightMap};
 use crate::{Error, LoadOptions, ModelConfig, Result};
 
 /// Everything of a model but its head.
 pub(crate) enum Trunk {
     Gpt2(Gpt2),
+    Llama(Llama),
 }
 
 impl Trunk {
     pub(crate) fn build(config: &ModelConfig, builder: &mut Builder) -> Self {
         match config {
             ModelConfig::Gpt2(config) => Self::Gpt2(Gpt2::build(config, builder)),
+            ModelConfig::Llama(config) => {
+                let device = builder.device();
+                Self::Llama(Llama::build(config, builder, device))
+            }
         }
     }
 
     pub(crate) fn token_embedding(&self) -> &Tensor {
         match self {
             Self::Gpt2(model) => model.token_embedding(),
+            Self::Llama(model) => model.token_embedding(),
         }
     }
 
@@ -39,6 +46,7 @@ impl Trunk {
     ) -> rlhf_core::Result<Tensor> {
         match self {
             Self::Gpt2(model) => model.forward(ids, positions, attention),
+            Self::Llama(model) => model.forward(ids, positions, attention),
         }
     }
 
@@ -79,23 +87,26 @@ impl<H> Model<H> {
         })
     }
 
-    /// Reads a folder's weights under this crate's names for them.
-    pub(crate) fn load(
+    /// Reads a folder's weights under this crate's names for them. `prepare` sees them before
+    /// the model is built, and what it returns goes to `head`.
+    pub(crate) fn load<P>(
         dir: &Path,
         options: &LoadOptions,
-        adapt: impl FnOnce(&ModelConfig, &mut WeightMap),
-        head: impl FnOnce(&ModelConfig, &Trunk, &mut Builder) -> H,
+        prepare: impl FnOnce(&ModelConfig, &mut WeightMap) -> P,
+        head: impl FnOnce(P, &ModelConfig, &Trunk, &mut Builder) -> H,
     ) -> Result<Self> {
         let config = ModelConfig::from_dir(dir)?;
         let mut weights: WeightMap = read_weights(dir)?
             .into_iter()
             .map(|(name, tensor)| (canonical(&config, name), tensor))
             .collect();
-        adapt(&config, &mut weights);
+        let prepared = prepare(&config, &mut weights);
         let stored = weights.values().next().map_or(Kind::Float, Tensor::kind);
         let kind = options.kind.unwrap_or(stored);
         let builder = Builder::from_weights(weights, options.device, kind);
-        Self::build(config, builder, dir, head)
+        Self::build(config, builder, dir, |config, trunk, builder| {
+            head(prepared, config, trunk, builder)
+        })
     }
 
     pub(crate) fn save(&self, dir: &Path, head: Head, kind: Kind) -> Result<()> {
@@ -118,6 +129,13 @@ impl<H> Model<H> {
                 Ok((name.clone(), copy))
             })
             .collect()
+    }
+
+    /// The packed layout of a batch that this model can read.
+    pub(crate) fn checked_packed(&self, batch: &SequenceBatch) -> rlhf_core::Result<PackedBatch> {
+        batch.check_length(self.config.max_length())?;
+        batch.check_vocabulary(self.config.vocab_size())?;
+        Ok(batch.packed(self.device()))
     }
 
     pub(crate) fn trainable(&self) -> Vec<(String, Tensor)> {
@@ -148,6 +166,7 @@ impl<H> Model<H> {
 fn canonical(config: &ModelConfig, name: String) -> String {
     let prefix = match config {
         ModelConfig::Gpt2(_) => "transformer.",
+        ModelConfig::Llama(_) => "model.",
     };
     let of_head = ["lm_head.", "score.", "v_head."]
         .iter()

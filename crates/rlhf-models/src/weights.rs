@@ -55,6 +55,11 @@ impl Builder {
         }
     }
 
+    /// Where the weights are put.
+    pub(crate) fn device(&self) -> Device {
+        self.device
+    }
+
     /// The weight of that name. Where it does not fit, the problem is noted for
     /// [`finish`](Self::finish) and a stand-in returned.
     pub(crate) fn weight(&mut self, name: &str, shape: &[i64], init: Init) -> Tensor {
@@ -102,7 +107,8 @@ impl Builder {
     }
 }
 
-fn fresh(seed: u64, name: &str, shape: &[i64], init: Init) -> Tensor {
+/// A weight as it is before training, f32 on the CPU.
+pub(crate) fn fresh(seed: u64, name: &str, shape: &[i64], init: Init) -> Tensor {
     let options = (Kind::Float, Device::Cpu);
     match init {
         Init::Zeros => Tensor::zeros(shape, options),

@@ -65,3 +65,18 @@ fn check(name: &str) {
 fn gpt2() {
     check("gpt2");
 }
+
+#[test]
+fn llama() {
+    check("llama");
+}
+
+#[test]
+fn llama_with_scaled_rope_and_its_own_head() {
+    check("llama_rope3");
+}
+
+#[test]
+fn llama_in_shards() {
+    check("llama_sharded");
+}

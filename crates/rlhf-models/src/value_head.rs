@@ -1,0 +1,193 @@
+//! The critic: a number for every state along a response.
+
+use std::path::Path;
+
+use rlhf_core::{Error as CoreError, Parameters, SequenceBatch, ValueModel};
+use tch::{Device, Kind, Tensor};
+
+use crate::classifier::SCORE;
+use crate::config::Head;
+use crate::layers::{Layout, Linear};
+use crate::trunk::Model;
+use crate::weights::{Builder, Init, WeightMap, fresh};
+use crate::{CausalLm, LoadOptions, ModelConfig, Result, SequenceClassifier};
+
+/// A trunk with a linear layer that gives every token a value.
+///
+/// The value of a token is that of the state after it, so [`ValueModel::values`] begins at the
+/// prompt's last token.
+pub struct ValueHeadModel {
+    model: Model<ValueHead>,
+}
+
+struct ValueHead {
+    linear: Linear,
+    layout: HeadLayout,
+}
+
+/// Under which names a checkpoint holds the head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum HeadLayout {
+    /// `score.weight`: a classifier with one label.
+    Score,
+    /// `v_head.summary.weight` and `.bias`: `AutoModelForCausalLMWithValueHead` of TRL.
+    Summary,
+}
+
+impl HeadLayout {
+    fn of(weights: &WeightMap) -> Self {
+        match weights.contains_key("v_head.summary.weight") {
+            true => Self::Summary,
+            false => Self::Score,
+        }
+    }
+
+    fn build(self, config: &ModelConfig, builder: &mut Builder) -> ValueHead {
+        let size = (config.hidden_size(), 1);
+        let (name, bias) = match self {
+            Self::Score => ("score", false),
+            Self::Summary => ("v_head.summary", true),
+        };
+        ValueHead {
+            linear: Linear::build(builder, name, size, Layout::OutIn, bias, Init::Zeros),
+            layout: self,
+        }
+    }
+}
+
+impl ValueHeadModel {
+    /// Loads the folder of a classifier with one label, or of a language model with the value
+    /// head of TRL (`v_head.summary`).
+    ///
+    /// # Errors
+    /// Those of [`CausalLm::from_pretrained`].
+    pub fn from_pretrained(dir: impl AsRef<Path>, options: &LoadOptions) -> Result<Self> {
+        let model = Model::load(
+            dir.as_ref(),
+            options,
+            |_, weights| {
+                weights.remove("lm_head.weight");
+                HeadLayout::of(weights)
+            },
+            |layout, config, _, builder| layout.build(config, builder),
+        )?;
+        Ok(Self { model })
+    }
+
+    /// A copy of a reward model that values every token, the usual start of a critic.
+    ///
+    /// # Errors
+    /// [`InvalidConfig`](CoreError::InvalidConfig) unless there is one label; libtorch's (out of
+    /// memory).
+    pub fn from_classifier(classifier: &SequenceClassifier) -> Result<Self> {
+        let labels = classifier.num_labels();
+        if labels != 1 {
+            let reason = "a value head starts from a classifier with one label";
+            return Err(CoreError::config("num_labels", labels, reason).into());
+        }
+        let model = &classifier.model;
+        Self::build(
+            model.config.clone(),
+            model.copied_weights()?,
+            (model.device(), model.kind()),
+        )
+    }
+
+    /// A copy of a language model's trunk with a fresh head, normal with deviation
+    /// `1 / sqrt(H + 1)` (Stiennon et al. 2020, arXiv 2009.01325).
+    ///
+    /// # Errors
+    /// libtorch's (out of memory).
+    pub fn from_causal_lm(model: &CausalLm, seed: u64) -> Result<Self> {
+        let config = model.config().clone();
+        let mut weights = model.model.copied_weights()?;
+        weights.remove("lm_head.weight");
+        let width = config.hidden_size();
+        let init = Init::Normal(1.0 / ((width + 1) as f64).sqrt());
+        weights.insert(SCORE.into(), fresh(seed, SCORE, &[1, width], init));
+        Self::build(config, weights, (model.model.device(), model.kind()))
+    }
+
+    fn build(
+        config: ModelConfig,
+        weights: WeightMap,
+        (device, kind): (Device, Kind),
+    ) -> Result<Self> {
+        let layout = HeadLayout::of(&weights);
+        let builder = Builder::from_weights(weights, device, kind);
+        let model = Model::build(config, builder, Path::new(""), |config, _, builder| {
+            layout.build(config, builder)
+        })?;
+        Ok(Self { model })
+    }
+
+    /// Writes `config.json` and `model.safetensors`, with the head under the name it was loaded
+    /// by; a `score` head makes a classifier that transformers reads back.
+    ///
+    /// # Errors
+    /// A folder or file that cannot be written.
+    pub fn save_pretrained(&self, dir: impl AsRef<Path>) -> Result<()> {
+        let head = match self.model.head.layout {
+            HeadLayout::Score => Head::Classifier { labels: 1 },
+            HeadLayout::Summary => Head::CausalLm,
+        };
+        self.model.save(dir.as_ref(), head, self.model.kind())
+    }
+
+    /// Architecture and sizes.
+    pub fn config(&self) -> &ModelConfig {
+        &self.model.config
+    }
+
+    /// The device of the weights.
+    pub fn device(&self) -> Device {
+        self.model.device()
+    }
+
+    /// A copy that shares no weight with this model.
+    ///
+    /// # Errors
+    /// libtorch's (out of memory).
+    pub fn try_clone(&self) -> Result<Self> {
+        Self::build(
+            self.config().clone(),
+            self.model.copied_weights()?,
+            (self.device(), self.model.kind()),
+        )
+    }
+
+    /// Whether gradients are recorded for the weights.
+    pub fn set_trainable(&mut self, trainable: bool) {
+        self.model.set_trainable(trainable);
+    }
+}
+
+impl Parameters for ValueHeadModel {
+    fn named_parameters(&self) -> Vec<(String, Tensor)> {
+        self.model.trainable()
+    }
+}
+
+impl ValueModel for ValueHeadModel {
+    /// Columns past a row's `R_i` are 0.
+    fn values(&self, batch: &SequenceBatch) -> rlhf_core::Result<Tensor> {
+        let packed = self.model.checked_packed(batch)?;
+        let hidden = self.model.trunk.hidden_states(&packed)?;
+        let width = batch.max_response_len() as i64 + 1;
+        // Row of the run and cell of the rectangle of every value.
+        let (mut rows, mut cells) = (Vec::new(), Vec::new());
+        for (i, response) in packed.responses.iter().enumerate() {
+            rows.extend(response.start - 1..response.end);
+            let first = i as i64 * width;
+            cells.extend(first..=first + response.end - response.start);
+        }
+        let index = |values: &[i64]| Tensor::from_slice(values).to_device(hidden.device());
+        let states = hidden.f_index_select(0, &index(&rows))?;
+        let values = self.model.head.linear.forward(&states)?.squeeze_dim(1);
+        let values = values.f_to_kind(Kind::Float)?;
+        let padded = Tensor::f_zeros([batch.len() as i64 * width], (Kind::Float, hidden.device()))?;
+        Ok(padded
+            .f_index_copy(0, &index(&cells), &values)?
+            .f_view([batch.len() as i64, width])?)
+    }
+}
