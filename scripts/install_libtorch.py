@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,7 +56,7 @@ def main(root):
             return
         partial.mkdir(exist_ok=True)
         for leftover in partial.glob("work-*"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)  # the pip of a killed run may still be writing there
         (partial / "wheels").mkdir(exist_ok=True)
         missing = [w for w in wheels if not whole(stored(partial, w), w)]
         check_pip()
@@ -190,7 +191,7 @@ def run_with_progress(command, work, wheel):
     """Run pip, pass its words on, and return its exit code and the end of what it wrote to stderr."""
     environment = dict(os.environ, TMPDIR=str(work), PIP_REQUIRE_VIRTUALENV="0", PYTHONWARNINGS="ignore")
     tail = collections.deque(maxlen=60)
-    with subprocess.Popen(command, env=environment, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, errors="replace") as pip:
+    with subprocess.Popen(command, env=environment, stdout=sys.stderr, stderr=subprocess.PIPE, universal_newlines=True, errors="replace") as pip:
 
         def forward():
             for line in pip.stderr:
@@ -199,14 +200,19 @@ def run_with_progress(command, work, wheel):
 
         reader = threading.Thread(target=forward)
         reader.start()
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                pip.wait(timeout=10)
-                break
-            if not sys.stderr.isatty():  # on a terminal pip draws a bar of its own
-                done = min(largest_file(work), wheel.size)
-                say(f"  {wheel.name}: {megabytes(done)} of {megabytes(wheel.size)}")
-        reader.join()
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    pip.wait(timeout=10)
+                    break
+                if not sys.stderr.isatty():  # on a terminal pip draws a bar of its own
+                    done = min(largest_file(work), wheel.size)
+                    say(f"  {wheel.name}: {megabytes(done)} of {megabytes(wheel.size)}")
+        except BaseException:
+            pip.kill()
+            raise
+        finally:
+            reader.join()
     return pip.returncode, "".join(tail)
 
 
@@ -279,7 +285,7 @@ def verify(tree, wanted, version):
         raise Failure(f"the unpacked headers say version {header_version(tree)}, not {version}.")
     library = next(tree / "lib" / name for name in wanted if name.startswith("libtorch_cpu."))
     load = f"import ctypes; ctypes.CDLL({str(library)!r})"
-    probe = subprocess.run([sys.executable, "-c", load], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+    probe = subprocess.run([sys.executable, "-c", load], stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, errors="replace")
     if probe.returncode != 0:
         reason = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
         raise Failure(f"the installed libtorch does not load on this system: {reason}")
@@ -301,7 +307,12 @@ def say(text):
     print(f"with-libtorch: {text}", file=sys.stderr, flush=True)
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         main(Path(sys.argv[1]))
     except Failure as failure:
