@@ -16,6 +16,8 @@ use crate::{Error, Result, WeightProblem};
 
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// Bytes that libtorch's CPU allocator aligns to.
+const ALIGNMENT: i64 = 64;
 
 /// Reads every tensor of a model folder, from one file or from the shards of an index.
 pub(crate) fn read_weights(dir: &Path) -> Result<WeightMap> {
@@ -90,10 +92,12 @@ struct Place {
 }
 
 impl Place {
-    /// A view of the file's bytes, or a copy where they are not aligned for the kind.
+    /// A view of the file's bytes, or a copy where they are not aligned as libtorch aligns its
+    /// own memory: kernels sum in another order there, and a model loaded from its own copy
+    /// would differ from it in the last bit.
     fn tensor(&self, whole: &Tensor) -> Result<Tensor> {
         let mut bytes = whole.f_narrow(0, self.offset, self.bytes)?;
-        if self.offset % self.kind.elt_size_in_bytes() as i64 != 0 {
+        if self.offset % ALIGNMENT != 0 {
             bytes = bytes.copy();
         }
         // `data` gives the weight a version counter of its own: writing to one must not

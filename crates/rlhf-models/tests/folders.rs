@@ -1,0 +1,416 @@
+//! Model folders: what is written is read back, what is damaged is a typed error.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::path::Path;
+
+use common::{assert_close, model_dir};
+use rlhf_models::core::{LogprobOptions, Parameters, Policy, Sequence, SequenceBatch};
+use rlhf_models::tch::{Device, Kind, Tensor};
+use rlhf_models::{
+    CausalLm, Error, Gpt2Config, LlamaConfig, LoadOptions, ModelConfig, SequenceClassifier,
+    WeightProblem,
+};
+use serde_json::{Value, json};
+
+fn load(dir: impl AsRef<Path>) -> Result<CausalLm, Error> {
+    CausalLm::from_pretrained(dir, &LoadOptions::default())
+}
+
+fn batch() -> SequenceBatch {
+    let prompt: std::sync::Arc<[i64]> = [5, 6, 7].into();
+    SequenceBatch::new(vec![
+        Sequence::new(prompt.clone(), [8, 9]),
+        Sequence::new(prompt, [10]),
+        Sequence::new([11], [12, 13, 14]),
+    ])
+    .unwrap()
+}
+
+fn logprobs(model: &CausalLm) -> Tensor {
+    let out = model.logprobs(&batch(), &LogprobOptions::default());
+    out.unwrap().logprobs
+}
+
+/// A copy of a model's folder whose config has been changed.
+fn folder(
+    name: &str,
+    change: impl FnOnce(&mut serde_json::Map<String, Value>),
+) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let source = model_dir(name);
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::write(
+            folder.path().join(file),
+            std::fs::read(source.join(file)).unwrap(),
+        )
+        .unwrap();
+    }
+    let path = folder.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    change(config.as_object_mut().unwrap());
+    std::fs::write(path, config.to_string()).unwrap();
+    folder
+}
+
+/// Writes a folder's weights again, changed.
+fn rewrite(dir: &Path, change: impl Fn(String, Tensor) -> Option<(String, Tensor)>) {
+    let file = dir.join("model.safetensors");
+    let tensors = Tensor::read_safetensors(&file).unwrap();
+    let changed: Vec<_> = tensors
+        .into_iter()
+        .filter_map(|(n, t)| change(n, t))
+        .collect();
+    Tensor::write_safetensors(&changed, file).unwrap();
+}
+
+#[test]
+fn saved_models_are_read_back() {
+    for name in ["gpt2", "llama", "llama_rope3"] {
+        let model = load(model_dir(name)).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        model.save_pretrained(dir.path()).unwrap();
+        let again = load(dir.path()).unwrap();
+        assert_eq!(again.config(), model.config(), "{name}");
+        assert_eq!(logprobs(&again), logprobs(&model), "{name}");
+        let mut files: Vec<_> = std::fs::read_dir(dir.path())
+            .unwrap()
+            .map(|f| f.unwrap().file_name().into_string().unwrap())
+            .collect();
+        files.sort();
+        assert_eq!(files, ["config.json", "model.safetensors"]);
+        // Over a folder in use: the loaded model keeps the old file.
+        let before = logprobs(&again);
+        model
+            .save_pretrained_as(dir.path(), Kind::BFloat16)
+            .unwrap();
+        assert_eq!(logprobs(&again), before);
+        let rounded = load(dir.path()).unwrap();
+        assert_eq!(rounded.kind(), Kind::BFloat16);
+        assert_close("bf16", &logprobs(&rounded), &before, 0.1);
+        let options = LoadOptions {
+            kind: Some(Kind::Float),
+            ..LoadOptions::default()
+        };
+        let widened = CausalLm::from_pretrained(dir.path(), &options).unwrap();
+        assert_eq!(widened.kind(), Kind::Float);
+    }
+}
+
+#[test]
+fn saved_classifiers_are_read_back() {
+    for name in ["gpt2_rm", "gpt2_cls2", "llama_rm"] {
+        let options = LoadOptions::default();
+        let model = SequenceClassifier::from_pretrained(model_dir(name), &options).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        model.save_pretrained(dir.path()).unwrap();
+        let again = SequenceClassifier::from_pretrained(dir.path(), &options).unwrap();
+        let scores = |m: &SequenceClassifier| m.logits(&batch()).unwrap();
+        assert_eq!(scores(&again), scores(&model), "{name}");
+        assert_eq!(again.num_labels(), model.num_labels());
+        let copy = model.try_clone().unwrap();
+        assert_eq!(scores(&copy), scores(&model), "{name}");
+    }
+}
+
+#[test]
+fn trunk_prefixes_buffers_and_tied_heads_are_known() {
+    let plain = logprobs(&load(model_dir("gpt2")).unwrap());
+    let folder = folder("gpt2", |_| {});
+    rewrite(folder.path(), |name, tensor| {
+        let bare = name.strip_prefix("transformer.").unwrap_or(&name);
+        Some((bare.to_string(), tensor))
+    });
+    assert_eq!(logprobs(&load(folder.path()).unwrap()), plain);
+    let file = folder.path().join("model.safetensors");
+    let mut tensors = Tensor::read_safetensors(&file).unwrap();
+    let ones = Tensor::ones([1, 1, 64, 64], (Kind::Bool, Device::Cpu));
+    tensors.push(("h.0.attn.bias".into(), ones));
+    let embedding = tensors
+        .iter()
+        .find(|(n, _)| n == "wte.weight")
+        .unwrap()
+        .1
+        .copy();
+    tensors.push(("lm_head.weight".into(), embedding));
+    Tensor::write_safetensors(&tensors, file).unwrap();
+    assert_eq!(logprobs(&load(folder.path()).unwrap()), plain);
+}
+
+#[test]
+fn every_weight_that_does_not_fit_is_named() {
+    let folder = folder("gpt2", |config| {
+        config["n_positions"] = json!(32);
+    });
+    rewrite(folder.path(), |name, tensor| match name.as_str() {
+        "transformer.ln_f.bias" => Some(("transformer.ln_g.bias".into(), tensor)),
+        "transformer.h.1.mlp.c_fc.weight" => None,
+        _ => Some((name, tensor)),
+    });
+    let error = load(folder.path()).err().unwrap();
+    let text = error.to_string();
+    let Error::Weights { problems, .. } = error else {
+        panic!("{text}")
+    };
+    let missing = |name: &str, shape: &[i64]| WeightProblem::Missing {
+        name: name.into(),
+        shape: shape.into(),
+    };
+    assert_eq!(
+        problems,
+        [
+            WeightProblem::Shape {
+                name: "transformer.wpe.weight".into(),
+                found: vec![64, 32],
+                expected: vec![32, 32],
+            },
+            missing("transformer.h.1.mlp.c_fc.weight", &[32, 128]),
+            missing("transformer.ln_f.bias", &[32]),
+            WeightProblem::Unexpected {
+                name: "transformer.ln_g.bias".into(),
+                shape: vec![32],
+            },
+        ],
+        "{text}"
+    );
+    assert!(text.contains("transformer.ln_g.bias"), "{text}");
+}
+
+#[test]
+fn damaged_and_absent_files() {
+    let error = load("/nowhere/model").err().unwrap();
+    assert!(matches!(error, Error::Io { .. }), "{error}");
+    assert!(error.to_string().contains("/nowhere/model/config.json"));
+    let folder = folder("gpt2", |_| {});
+    let file = folder.path().join("model.safetensors");
+    let bytes = std::fs::read(&file).unwrap();
+    for length in [bytes.len() - 1, bytes.len() / 2, 100, 3, 0] {
+        std::fs::write(&file, &bytes[..length]).unwrap();
+        let error = load(folder.path()).err().unwrap();
+        assert!(
+            matches!(error, Error::Safetensors { .. } | Error::Io { .. }),
+            "{length}: {error}"
+        );
+        assert!(error.to_string().contains("model.safetensors"), "{error}");
+    }
+    std::fs::remove_file(&file).unwrap();
+    let error = load(folder.path()).err().unwrap();
+    assert!(matches!(error, Error::Io { .. }), "{error}");
+    std::fs::write(folder.path().join("config.json"), "{").unwrap();
+    let error = load(folder.path()).err().unwrap();
+    assert!(matches!(error, Error::Json { .. }), "{error}");
+}
+
+#[test]
+fn configs_that_cannot_be_used() {
+    let config = |name, change: &dyn Fn(&mut serde_json::Map<String, Value>)| {
+        let folder = folder(name, |map| change(map));
+        let error = load(folder.path()).err().unwrap();
+        (error.to_string(), error)
+    };
+    let (text, error) = config("gpt2", &|c| c["model_type"] = json!("mamba"));
+    assert!(matches!(error, Error::UnknownArchitecture { .. }), "{text}");
+    assert!(
+        text.contains("mamba") && text.contains("gpt2, llama"),
+        "{text}"
+    );
+    for (name, field) in [
+        ("gpt2", "n_embd"),
+        ("gpt2", "model_type"),
+        ("llama", "vocab_size"),
+    ] {
+        let (text, error) = config(name, &|c| {
+            c.remove(field);
+        });
+        assert!(
+            matches!(&error, Error::MissingField { field: f, .. } if f == field),
+            "{text}"
+        );
+    }
+    for (name, field, value) in [
+        ("gpt2", "n_layer", json!("two")),
+        ("gpt2", "n_layer", json!(0)),
+        ("gpt2", "n_head", json!(5)),
+        ("gpt2", "activation_function", json!("mish")),
+        ("gpt2", "add_cross_attention", json!(true)),
+        ("llama", "num_key_value_heads", json!(3)),
+        ("llama", "head_dim", json!(7)),
+        (
+            "llama",
+            "rope_parameters",
+            json!({"rope_type": "yarn", "factor": 2.0}),
+        ),
+    ] {
+        let (text, error) = config(name, &|c| c[field] = value.clone());
+        assert!(
+            matches!(&error, Error::InvalidField { field: f, .. } if f == field),
+            "{text}"
+        );
+    }
+    let (text, error) = config("llama", &|c| {
+        c["rope_parameters"] = json!({"rope_type": "linear"});
+    });
+    assert!(
+        matches!(&error, Error::MissingField { field, .. } if field == "rope_parameters.factor"),
+        "{text}"
+    );
+}
+
+fn small() -> [ModelConfig; 2] {
+    let gpt2 = Gpt2Config {
+        vocab_size: 400,
+        n_positions: 32,
+        n_embd: 64,
+        n_layer: 2,
+        n_head: 4,
+        ..Gpt2Config::default()
+    };
+    let llama = LlamaConfig {
+        vocab_size: 400,
+        max_position_embeddings: 32,
+        hidden_size: 64,
+        intermediate_size: 96,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 16,
+        attention_bias: true,
+        mlp_bias: true,
+        ..LlamaConfig::default()
+    };
+    [ModelConfig::Gpt2(gpt2), ModelConfig::Llama(llama)]
+}
+
+#[test]
+fn fresh_models_depend_on_the_seed_alone() {
+    for config in small() {
+        let new = |seed| CausalLm::new(config.clone(), seed, Device::Cpu, Kind::Float).unwrap();
+        assert_eq!(logprobs(&new(3)), logprobs(&new(3)));
+        assert_ne!(logprobs(&new(3)), logprobs(&new(4)));
+        // Near-uniform predictions: log(400) is 5.99.
+        let mean = -logprobs(&new(3))
+            .masked_select(&batch().response_mask(Device::Cpu))
+            .mean(None)
+            .double_value(&[]);
+        assert!((mean - 400f64.ln()).abs() < 0.2, "{mean}");
+        let dir = tempfile::tempdir().unwrap();
+        new(3).save_pretrained(dir.path()).unwrap();
+        assert_eq!(logprobs(&load(dir.path()).unwrap()), logprobs(&new(3)));
+    }
+}
+
+#[test]
+fn fresh_weights_are_drawn_as_transformers_draws_them() {
+    let [config, _] = small();
+    let model = CausalLm::new(config, 1, Device::Cpu, Kind::Float).unwrap();
+    let std = |name: &str| {
+        let all = model.named_parameters();
+        let (_, weight) = all.into_iter().find(|(n, _)| n == name).unwrap();
+        weight.std(true).double_value(&[])
+    };
+    let near = |got: f64, want: f64| assert!((got / want - 1.0).abs() < 0.05, "{got}, {want}");
+    near(std("transformer.wte.weight"), 0.02);
+    near(std("transformer.h.0.attn.c_attn.weight"), 0.02);
+    near(std("transformer.h.1.attn.c_proj.weight"), 0.02 / 2.0);
+    near(std("transformer.h.0.mlp.c_proj.weight"), 0.02 / 2.0);
+    assert_eq!(std("transformer.h.0.mlp.c_fc.bias"), 0.0);
+    assert_eq!(std("transformer.ln_f.weight"), 0.0);
+}
+
+#[test]
+fn parameters_are_live_sorted_and_not_shared_with_clones() {
+    let mut model = load(model_dir("gpt2")).unwrap();
+    let names: Vec<String> = model.named_parameters().into_iter().map(|p| p.0).collect();
+    assert!(names.is_sorted());
+    assert!(!names.contains(&"lm_head.weight".to_string()), "tied");
+    let copy = model.try_clone().unwrap();
+    let before = logprobs(&model);
+    {
+        let _guard = rlhf_models::tch::no_grad_guard();
+        for (_, mut weight) in model.named_parameters() {
+            let _ = weight.g_mul_scalar_(1.5);
+        }
+    }
+    assert_ne!(logprobs(&model), before);
+    assert_eq!(logprobs(&copy), before);
+    // The file that the weights were mapped from is untouched.
+    assert_eq!(logprobs(&load(model_dir("gpt2")).unwrap()), before);
+    model.set_trainable(false);
+    assert!(model.named_parameters().is_empty());
+    assert!(!logprobs(&model).requires_grad());
+    model.set_trainable(true);
+    assert_eq!(model.named_parameters().len(), names.len());
+    assert!(logprobs(&model).requires_grad());
+}
+
+/// A policy with nothing of its own but `logits`, so that every default is used.
+struct Padded(CausalLm);
+
+impl Parameters for Padded {
+    fn named_parameters(&self) -> Vec<(String, Tensor)> {
+        self.0.named_parameters()
+    }
+}
+
+impl Policy for Padded {
+    fn logits(&self, batch: &rlhf_models::core::PaddedBatch) -> rlhf_models::core::Result<Tensor> {
+        self.0.logits(batch)
+    }
+}
+
+#[test]
+fn packed_gradients_equal_padded_ones() {
+    for name in ["gpt2", "llama"] {
+        let options = LogprobOptions {
+            temperature: 0.7,
+            entropy: true,
+        };
+        let gradients = |policy: &dyn Policy| {
+            let out = policy.logprobs(&batch(), &options).unwrap();
+            let sum =
+                out.logprobs.square().sum(Kind::Float) + out.entropy.unwrap().sum(Kind::Float);
+            sum.backward();
+            let weights = policy.named_parameters();
+            weights
+                .into_iter()
+                .map(|(n, w)| (n, w.grad()))
+                .collect::<Vec<_>>()
+        };
+        let packed = gradients(&load(model_dir(name)).unwrap());
+        let padded = gradients(&Padded(load(model_dir(name)).unwrap()));
+        for ((name, a), (_, b)) in packed.iter().zip(&padded) {
+            assert!(a.defined() && b.defined(), "{name}");
+            let scale = b.abs().max().double_value(&[]).max(1.0);
+            assert_close(name, a, b, 1e-5 * scale);
+        }
+    }
+}
+
+#[test]
+fn batches_that_do_not_fit_are_errors() {
+    use rlhf_models::core::Error as CoreError;
+    let model = load(model_dir("gpt2")).unwrap(); // 768 ids, 64 positions
+    let logprobs = |prompt: Vec<i64>, response: Vec<i64>| {
+        let batch = SequenceBatch::new(vec![Sequence::new(prompt, response)]).unwrap();
+        model.logprobs(&batch, &LogprobOptions::default())
+    };
+    let error = logprobs(vec![1], vec![768]).unwrap_err();
+    assert!(
+        matches!(error, CoreError::TokenOutOfRange { .. }),
+        "{error}"
+    );
+    let error = logprobs(vec![1; 64], vec![2]).unwrap_err();
+    assert!(matches!(error, CoreError::TooLong { .. }), "{error}");
+    let none = logprobs(vec![1, 2], vec![]).unwrap();
+    assert_eq!(none.logprobs.size(), [1, 0]);
+}
+
+#[test]
+fn models_can_be_sent() {
+    fn send<T: Send>() {}
+    send::<CausalLm>();
+    send::<SequenceClassifier>();
+    send::<rlhf_models::ValueHeadModel>();
+    send::<rlhf_models::Tokenizer>();
+}
