@@ -1,0 +1,4 @@
+//! What the examples share. Not part of the library.
+
+pub mod curves;
+pub mod task;

@@ -1,0 +1,352 @@
+//! Trains the small GPT-2 that the other examples start from, tokenizer included.
+//!
+//! ```text
+//! cargo run --release --example train_base -- --data DIR --out DIR
+//! ```
+//!
+//! `--data` holds `train.jsonl` and `valid.jsonl`, as `scripts/make_debtldr.py` makes them. A run
+//! that was stopped goes on where it was when the same command is given again.
+//!
+//! The loss is that of the summaries, plus `--text-weight` times that of the texts, on a random
+//! share of their tokens. A share of the sequences are copying exercises ("repeat these words"):
+//! to summarise, a model must learn to look words up in its prompt, and plain text teaches that
+//! slowly.
+
+mod support;
+
+use std::collections::HashMap;
+use std::error::Error;
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+use rand::Rng;
+use rlhf::core::{
+    CheckpointStore, DataCursor, DataOrder, Device, Event, GenerationConfig, JsonlObserver, Kind,
+    Observer, Parameters, ProgressObserver, RngStreams, SamplingConfig, Sequence, SequenceBatch,
+    Stats, Tensor, gather_logprobs, generate, notify, tch,
+};
+use rlhf::models::{CausalLm, Gpt2Config, ModelConfig, SpecialTokens, Tokenizer};
+use rlhf::reward::rouge::rouge_l;
+use rlhf::scale::{AdamWConfig, Schedule, UpdateConfig, Updater};
+use serde::{Deserialize, Serialize};
+use support::task::{CUE, INSTRUCTION, Pair, SummaryTask, read_pairs};
+use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{AddedToken, TokenizerBuilder};
+
+type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
+
+const END_OF_TEXT: &str = "<|endoftext|>";
+
+/// Trains a small GPT-2 for one-line summaries.
+#[derive(Debug, Parser, Serialize, Deserialize, PartialEq)]
+struct Options {
+    /// Folder with train.jsonl and valid.jsonl.
+    #[arg(long, default_value = "examples/data/debtldr")]
+    data: PathBuf,
+    /// Folder of the model; checkpoints go to its subfolder `checkpoints`.
+    #[arg(long, default_value = "runs/base")]
+    out: PathBuf,
+    /// Passes over the data.
+    #[arg(long, default_value_t = 6)]
+    epochs: u64,
+    /// Sequences a step.
+    #[arg(long, default_value_t = 32)]
+    batch: usize,
+    /// Peak learning rate; it rises for 100 steps, stays, and falls to 0 over the second half.
+    #[arg(long, default_value_t = 2e-3)]
+    lr: f64,
+    /// Tokens of the vocabulary.
+    #[arg(long, default_value_t = 4096)]
+    vocab: usize,
+    /// Width of the model.
+    #[arg(long, default_value_t = 224)]
+    width: i64,
+    /// Blocks of the model.
+    #[arg(long, default_value_t = 4)]
+    layers: i64,
+    /// Attention heads of a block.
+    #[arg(long, default_value_t = 7)]
+    heads: i64,
+    /// Tokens of a text that the model sees.
+    #[arg(long, default_value_t = 72)]
+    max_text_tokens: usize,
+    /// Weight of a text token's loss; a summary token's is 1.
+    #[arg(long, default_value_t = 0.3)]
+    text_weight: f64,
+    /// Share of the text tokens that are scored.
+    #[arg(long, default_value_t = 0.35)]
+    text_share: f64,
+    /// Share of the sequences that are copying exercises.
+    #[arg(long, default_value_t = 0.2)]
+    copy_share: f64,
+    /// Seed of weights, order and samples.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Threads of libtorch; 0 leaves the choice to it.
+    #[arg(long, default_value_t = 0)]
+    threads: i32,
+    /// Steps between checkpoints.
+    #[arg(long, default_value_t = 200)]
+    save_every: u64,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    if options.threads > 0 {
+        tch::set_num_threads(options.threads);
+    }
+    let train = read_pairs(&options.data.join("train.jsonl"))?;
+    let valid = read_pairs(&options.data.join("valid.jsonl"))?;
+    std::fs::create_dir_all(&options.out)?;
+    if !options.out.join("tokenizer.json").exists() {
+        train_tokenizer(&train, options.vocab, &options.out)?;
+    }
+    let task = SummaryTask::new(Tokenizer::from_dir(&options.out)?, options.max_text_tokens)?;
+    let model = CausalLm::new(config(&options, &task), options.seed, Device::Cpu, Kind::Float)?;
+    let parameters: i64 = model.named_parameters().iter().map(|(_, t)| t.numel() as i64).sum();
+    eprintln!("{parameters} parameters, {} texts", train.len());
+
+    train_model(&options, &task, &model, &train)?;
+
+    let report = evaluate(&task, &model, &valid)?;
+    eprintln!("{report}");
+    // 16 bits hold what a model of this size knows, in half the space.
+    model.try_clone()?.to_kind(Kind::BFloat16)?.save_pretrained(&options.out)?;
+    std::fs::write(options.out.join("training.json"), serde_json::to_string_pretty(&serde_json::json!({
+        "options": options, "parameters": parameters, "held_out": serde_json::to_value(&report)?,
+    }))?)?;
+    let panels = [("loss, nats a token", ["base/summary_nll", "base/text_nll"].as_slice())];
+    support::curves::draw(
+        &options.out.join("metrics.jsonl"),
+        "base",
+        &panels,
+        50,
+        &options.out.join("loss.svg"),
+    )
+}
+
+/// A byte-level BPE of `vocab` tokens, written as `tokenizer.json` and `tokenizer_config.json`.
+fn train_tokenizer(pairs: &[Pair], vocab: usize, out: &Path) -> Result<()> {
+    let boxed = |error: tokenizers::Error| -> Box<dyn Error> { error };
+    let mut tokenizer = TokenizerBuilder::<BPE, tokenizers::NormalizerWrapper, _, tokenizers::PostProcessorWrapper, _>::default()
+        .with_model(BPE::default())
+        .with_pre_tokenizer(Some(ByteLevel::new(false, true, true)))
+        .with_decoder(Some(ByteLevel::new(false, true, true)))
+        .build()
+        .map_err(boxed)?;
+    let mut trainer = BpeTrainerBuilder::new()
+        .vocab_size(vocab)
+        .show_progress(false)
+        .special_tokens(vec![AddedToken::from(END_OF_TEXT, true)])
+        .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+        .build();
+    let texts = pairs.iter().map(|p| format!("{INSTRUCTION}{}{CUE} {}", p.text, p.summary));
+    tokenizer.train(&mut trainer, texts).map_err(boxed)?;
+    tokenizer.save(out.join("tokenizer.json"), false).map_err(boxed)?;
+    let settings = serde_json::json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "model_max_length": 128,
+        "clean_up_tokenization_spaces": false,
+    });
+    std::fs::write(out.join("tokenizer_config.json"), serde_json::to_string_pretty(&settings)?)?;
+    Ok(())
+}
+
+fn config(options: &Options, task: &SummaryTask) -> ModelConfig {
+    ModelConfig::Gpt2(Gpt2Config {
+        vocab_size: task.tokenizer().vocab_size() as i64,
+        n_positions: 128,
+        n_embd: options.width,
+        n_layer: options.layers,
+        n_head: options.heads,
+        special_tokens: SpecialTokens {
+            bos: Some(task.stop()),
+            eos: vec![task.stop()],
+            pad: Some(task.stop()),
+        },
+        ..Gpt2Config::default()
+    })
+}
+
+/// Where a run is; the updater's files lie beside it in a checkpoint.
+#[derive(Serialize, Deserialize)]
+struct Progress {
+    cursor: DataCursor,
+}
+
+fn train_model(options: &Options, task: &SummaryTask, model: &CausalLm, train: &[Pair]) -> Result<()> {
+    let examples = train.iter().map(|p| task.sequence(p)).collect::<Result<Vec<_>>>()?;
+    let mut cursor = DataCursor::new(options.seed, examples.len(), DataOrder::Shuffled)?;
+    let total = options.epochs * cursor.batches_per_epoch(options.batch);
+    let mut updater = Updater::new(
+        model.named_parameters(),
+        &UpdateConfig {
+            optimizer: AdamWConfig {
+                lr: options.lr,
+                beta2: 0.95,
+                weight_decay: 0.1,
+                ..AdamWConfig::default()
+            },
+            schedule: Schedule::warmup_stable_decay(100, total / 2, total),
+            max_grad_norm: Some(1.0),
+        },
+    )?;
+    let checkpoints = CheckpointStore::open(options.out.join("checkpoints"), 2)?;
+    if let Some(checkpoint) = checkpoints.latest()? {
+        updater.load(&checkpoint.path)?;
+        let progress = std::fs::read(checkpoint.path.join("progress.json"))?;
+        cursor = serde_json::from_slice::<Progress>(&progress)?.cursor;
+        eprintln!("going on at step {} of {total}", updater.step());
+    }
+    let streams = RngStreams::new(options.seed);
+    let mut observers: Vec<Box<dyn Observer>> = vec![
+        Box::new(JsonlObserver::resume(options.out.join("metrics.jsonl"), updater.step())?),
+        Box::new(ProgressObserver::new(["base/summary_nll", "base/text_nll", "base/copy_nll", "base/tokens_per_s"])),
+    ];
+    while updater.step() < total {
+        let started = std::time::Instant::now();
+        let mut rng = streams.stream("base", updater.step());
+        let picked: Vec<_> = cursor
+            .next_batch(options.batch)
+            .into_iter()
+            .map(|i| Exercise::draw(&examples[i], options, task, &mut rng))
+            .collect();
+        let batch = SequenceBatch::new(picked.iter().map(|e| e.sequence.clone()).collect())?;
+        let mut sums = Stats::new();
+        let update = updater.update::<Box<dyn Error>>(1, |_| {
+            let (loss, nll) = weighted_loss(model, &batch, &picked, options, task, &mut rng)?;
+            sums = nll;
+            Ok(loss)
+        })?;
+        sums.insert("base/loss", update.loss);
+        sums.insert("base/grad_norm", update.grad_norm);
+        sums.insert("base/lr", update.lr);
+        let tokens = batch.sequences().iter().map(Sequence::len).sum::<usize>();
+        sums.insert("base/tokens_per_s", tokens as f64 / started.elapsed().as_secs_f64());
+        let event = Event { step: update.step, total_steps: Some(total), phase: "base", stats: &sums };
+        let _ = notify(&mut observers, &event)?;
+        if update.step % options.save_every == 0 || update.step == total {
+            checkpoints.save::<Box<dyn Error>>(update.step, |dir| {
+                updater.save(dir)?;
+                let progress = serde_json::to_vec(&Progress { cursor: cursor.clone() })?;
+                Ok(std::fs::write(dir.join("progress.json"), progress)?)
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// A sequence to learn from.
+struct Exercise {
+    sequence: Sequence,
+    copies: bool,
+}
+
+impl Exercise {
+    /// The example itself or, by chance, an exercise in copying a piece of its text.
+    fn draw(example: &Sequence, options: &Options, task: &SummaryTask, rng: &mut impl Rng) -> Self {
+        let text = &example.prompt[task.instruction_len()..example.prompt.len() - task.cue_len()];
+        if text.is_empty() || rng.random::<f64>() >= options.copy_share {
+            return Self { sequence: example.clone(), copies: false };
+        }
+        let length = rng.random_range(8..=28usize).min(text.len());
+        let start = rng.random_range(0..=text.len() - length);
+        let piece = &text[start..start + length];
+        let sequence = Sequence::new(task.prompt_of(piece), [piece, &[task.stop()]].concat());
+        Self { sequence, copies: true }
+    }
+}
+
+/// Cross-entropy of the responses and of some of the texts' tokens, over the number of response
+/// tokens; and the mean of each kind.
+fn weighted_loss(
+    model: &CausalLm,
+    batch: &SequenceBatch,
+    exercises: &[Exercise],
+    options: &Options,
+    task: &SummaryTask,
+    rng: &mut impl Rng,
+) -> Result<(Tensor, Stats)> {
+    const KINDS: [&str; 3] = ["base/summary_nll", "base/copy_nll", "base/text_nll"];
+    let packed = batch.packed(Device::Cpu);
+    let (mut rows, mut ids, mut kinds) = (Vec::new(), Vec::new(), Vec::new());
+    for ((segment, exercise), sequence) in packed.segments.iter().zip(exercises).zip(batch.sequences()) {
+        let prompt = sequence.prompt.len();
+        let text = task.instruction_len()..prompt - task.cue_len();
+        for (at, id) in sequence.tokens().enumerate() {
+            let kind = match exercise.copies {
+                _ if text.contains(&at) && rng.random::<f64>() < options.text_share => 2,
+                true if at >= prompt => 1,
+                false if at >= prompt => 0,
+                _ => continue,
+            };
+            rows.push(segment.start + at as i64 - 1);
+            ids.push(id);
+            kinds.push(kind);
+        }
+    }
+    let hidden = model.hidden_states(&packed)?.index_select(0, &Tensor::from_slice(&rows));
+    let nll = -gather_logprobs(&model.logits_of(&hidden)?, &Tensor::from_slice(&ids));
+    let kinds = Tensor::from_slice(&kinds);
+    let (mut loss, mut means) = (Tensor::from(0f32), Stats::new());
+    for (kind, (name, weight)) in KINDS.iter().zip([1.0, 1.0, options.text_weight]).enumerate() {
+        let mask = kinds.eq(kind as i64);
+        let count = f64::try_from(mask.sum(Kind::Float))?;
+        if count > 0.0 {
+            let sum = (&nll * mask.to_kind(Kind::Float)).sum(Kind::Float);
+            means.insert(*name, f64::try_from(&sum)? / count);
+            loss += sum * weight;
+        }
+    }
+    Ok((loss / batch.response_tokens() as f64, means))
+}
+
+/// How well the model does on texts that it has not seen.
+#[derive(Debug, Serialize)]
+struct Report {
+    texts: usize,
+    rouge_l: f64,
+    mean_tokens: f64,
+    samples: Vec<HashMap<&'static str, String>>,
+}
+
+impl std::fmt::Display for Report {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        writeln!(f, "held out: {} texts, ROUGE-L {:.1}, {:.1} tokens", self.texts, self.rouge_l, self.mean_tokens)?;
+        for sample in &self.samples {
+            writeln!(f, "  human: {}\n  model: {}", sample["human"], sample["model"])?;
+        }
+        Ok(())
+    }
+}
+
+fn evaluate(task: &SummaryTask, model: &CausalLm, valid: &[Pair]) -> Result<Report> {
+    let prompts = valid.iter().map(|p| task.prompt(&p.text)).collect::<Result<Vec<_>>>()?;
+    let config = GenerationConfig {
+        max_new_tokens: 24,
+        sampling: SamplingConfig::greedy(),
+        stop_token_ids: vec![task.stop()],
+        ..GenerationConfig::default()
+    };
+    let written = generate(model, &prompts, &config, &RngStreams::new(0), 0)?;
+    let (mut rouge, mut tokens, mut samples) = (0.0, 0, Vec::new());
+    for (sequence, pair) in written.batch.sequences().iter().zip(valid) {
+        let summary = task.tokenizer().decode(&sequence.response, true)?;
+        rouge += rouge_l(&pair.summary, &summary).f1;
+        tokens += sequence.response.len();
+        if samples.len() < 5 {
+            samples.push(HashMap::from([("human", pair.summary.clone()), ("model", summary)]));
+        }
+    }
+    let texts = valid.len();
+    Ok(Report {
+        texts,
+        rouge_l: 100.0 * rouge / texts as f64,
+        mean_tokens: tokens as f64 / texts as f64,
+        samples,
+    })
+}
