@@ -17,13 +17,14 @@ mod support;
 use std::collections::HashMap;
 use std::error::Error;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use clap::Parser;
 use rand::Rng;
 use rlhf::core::{
-    CheckpointStore, DataCursor, DataOrder, Device, Event, GenerationConfig, JsonlObserver, Kind,
+    CheckpointConfig, Device, EpochConfig, EpochTrainer, GenerationConfig, JsonlObserver, Kind,
     Observer, Parameters, ProgressObserver, RngStreams, SamplingConfig, Sequence, SequenceBatch,
-    Stats, Tensor, gather_logprobs, generate, notify, tch,
+    Stats, Tensor, gather_logprobs, generate, tch, train_epochs,
 };
 use rlhf::models::{CausalLm, Gpt2Config, ModelConfig, SpecialTokens, Tokenizer};
 use rlhf::reward::rouge::rouge_l;
@@ -53,7 +54,7 @@ struct Options {
     /// Sequences a step.
     #[arg(long, default_value_t = 32)]
     batch: usize,
-    /// Peak learning rate; it rises for 100 steps, stays, and falls to 0 over the second half.
+    /// Peak learning rate; it rises for 100 steps and then falls to 0 in a straight line.
     #[arg(long, default_value_t = 2e-3)]
     lr: f64,
     /// Tokens of the vocabulary.
@@ -172,72 +173,109 @@ fn config(options: &Options, task: &SummaryTask) -> ModelConfig {
     })
 }
 
-/// Where a run is; the updater's files lie beside it in a checkpoint.
-#[derive(Serialize, Deserialize)]
-struct Progress {
-    cursor: DataCursor,
+fn train_model(
+    options: &Options,
+    task: &SummaryTask,
+    model: &CausalLm,
+    train: &[Pair],
+) -> Result<()> {
+    let examples = train
+        .iter()
+        .map(|p| task.sequence(p))
+        .collect::<Result<Vec<_>>>()?;
+    let config = EpochConfig {
+        epochs: options.epochs,
+        batch_size: options.batch,
+        seed: options.seed,
+        checkpoints: Some(CheckpointConfig {
+            dir: options.out.join("checkpoints"),
+            every: options.save_every,
+            keep: 2,
+        }),
+        ..EpochConfig::default()
+    };
+    let updates = UpdateConfig {
+        optimizer: AdamWConfig {
+            lr: options.lr,
+            beta2: 0.95,
+            weight_decay: 0.1,
+            ..AdamWConfig::default()
+        },
+        schedule: Schedule::linear(100, config.total_steps(examples.len())),
+        max_grad_norm: Some(1.0),
+    };
+    let mut trainer = BaseTrainer {
+        options,
+        task,
+        model,
+        updater: Updater::new(model.named_parameters(), &updates)?,
+        streams: RngStreams::new(options.seed),
+    };
+    let metrics = options.out.join("metrics.jsonl");
+    let mut observers: Vec<Box<dyn Observer>> = vec![
+        Box::new(JsonlObserver::resume(metrics, config.resumed_step()?)?),
+        Box::new(ProgressObserver::new(SHOWN)),
+    ];
+    train_epochs(&mut trainer, &examples, &config, &mut observers)?;
+    Ok(())
 }
 
-fn train_model(options: &Options, task: &SummaryTask, model: &CausalLm, train: &[Pair]) -> Result<()> {
-    let examples = train.iter().map(|p| task.sequence(p)).collect::<Result<Vec<_>>>()?;
-    let mut cursor = DataCursor::new(options.seed, examples.len(), DataOrder::Shuffled)?;
-    let total = options.epochs * cursor.batches_per_epoch(options.batch);
-    let mut updater = Updater::new(
-        model.named_parameters(),
-        &UpdateConfig {
-            optimizer: AdamWConfig {
-                lr: options.lr,
-                beta2: 0.95,
-                weight_decay: 0.1,
-                ..AdamWConfig::default()
-            },
-            schedule: Schedule::warmup_stable_decay(100, total / 2, total),
-            max_grad_norm: Some(1.0),
-        },
-    )?;
-    let checkpoints = CheckpointStore::open(options.out.join("checkpoints"), 2)?;
-    if let Some(checkpoint) = checkpoints.latest()? {
-        updater.load(&checkpoint.path)?;
-        let progress = std::fs::read(checkpoint.path.join("progress.json"))?;
-        cursor = serde_json::from_slice::<Progress>(&progress)?.cursor;
-        eprintln!("going on at step {} of {total}", updater.step());
-    }
-    let streams = RngStreams::new(options.seed);
-    let mut observers: Vec<Box<dyn Observer>> = vec![
-        Box::new(JsonlObserver::resume(options.out.join("metrics.jsonl"), updater.step())?),
-        Box::new(ProgressObserver::new(["base/summary_nll", "base/text_nll", "base/copy_nll", "base/tokens_per_s"])),
-    ];
-    while updater.step() < total {
-        let started = std::time::Instant::now();
-        let mut rng = streams.stream("base", updater.step());
-        let picked: Vec<_> = cursor
-            .next_batch(options.batch)
-            .into_iter()
-            .map(|i| Exercise::draw(&examples[i], options, task, &mut rng))
+/// The metrics of the progress line.
+const SHOWN: [&str; 4] = [
+    "base/summary_nll",
+    "base/copy_nll",
+    "base/text_nll",
+    "base/tokens_per_s",
+];
+
+struct BaseTrainer<'a> {
+    options: &'a Options,
+    task: &'a SummaryTask,
+    model: &'a CausalLm,
+    updater: Updater,
+    streams: RngStreams,
+}
+
+impl EpochTrainer for BaseTrainer<'_> {
+    type Item = Sequence;
+    type Error = Box<dyn Error>;
+    const PHASE: &'static str = "base";
+
+    fn step_on(&mut self, examples: Vec<Sequence>) -> Result<Stats> {
+        let started = Instant::now();
+        // Keyed by the step, so that a resumed run draws what an uninterrupted one would.
+        let mut rng = self.streams.stream("base", self.updater.step());
+        let exercises: Vec<_> = examples
+            .iter()
+            .map(|example| Exercise::draw(example, self.options, self.task, &mut rng))
             .collect();
-        let batch = SequenceBatch::new(picked.iter().map(|e| e.sequence.clone()).collect())?;
-        let mut sums = Stats::new();
-        let update = updater.update::<Box<dyn Error>>(1, |_| {
-            let (loss, nll) = weighted_loss(model, &batch, &picked, options, task, &mut rng)?;
-            sums = nll;
+        let batch = SequenceBatch::new(exercises.iter().map(|e| e.sequence.clone()).collect())?;
+        let (model, options, task) = (self.model, self.options, self.task);
+        let mut stats = Stats::new();
+        let update = self.updater.update::<Box<dyn Error>>(1, |_| {
+            let (loss, means) =
+                weighted_loss(model, &batch, &exercises, options, task, &mut rng)?;
+            stats = means;
             Ok(loss)
         })?;
-        sums.insert("base/loss", update.loss);
-        sums.insert("base/grad_norm", update.grad_norm);
-        sums.insert("base/lr", update.lr);
-        let tokens = batch.sequences().iter().map(Sequence::len).sum::<usize>();
-        sums.insert("base/tokens_per_s", tokens as f64 / started.elapsed().as_secs_f64());
-        let event = Event { step: update.step, total_steps: Some(total), phase: "base", stats: &sums };
-        let _ = notify(&mut observers, &event)?;
-        if update.step % options.save_every == 0 || update.step == total {
-            checkpoints.save::<Box<dyn Error>>(update.step, |dir| {
-                updater.save(dir)?;
-                let progress = serde_json::to_vec(&Progress { cursor: cursor.clone() })?;
-                Ok(std::fs::write(dir.join("progress.json"), progress)?)
-            })?;
-        }
+        let tokens: usize = batch.sequences().iter().map(Sequence::len).sum();
+        stats.insert("base/loss", update.loss);
+        stats.insert("base/grad_norm", update.grad_norm);
+        stats.insert("base/lr", update.lr);
+        stats.insert(
+            "base/tokens_per_s",
+            tokens as f64 / started.elapsed().as_secs_f64(),
+        );
+        Ok(stats)
     }
-    Ok(())
+
+    fn save_to(&self, dir: &Path) -> Result<()> {
+        Ok(self.updater.save(dir)?)
+    }
+
+    fn load_from(&mut self, dir: &Path) -> Result<()> {
+        Ok(self.updater.load(dir)?)
+    }
 }
 
 /// A sequence to learn from.

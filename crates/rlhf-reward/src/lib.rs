@@ -53,6 +53,7 @@ mod label_loss;
 mod label_trainer;
 mod normalize;
 mod pairwise;
+pub mod rouge;
 mod trainer;
 
 pub use error::{Error, Result};

@@ -1,0 +1,282 @@
+//! RLHF for summarisation, from a language model to a better one, in one command:
+//!
+//! ```text
+//! scripts/with-libtorch cargo run --release --example summarize_rlhf
+//! ```
+//!
+//! 1. The model writes a summary of some texts. A reward model learns to tell those from the
+//!    summaries that people wrote.
+//! 2. PPO makes the model write summaries that the reward model likes, at a price for every nat
+//!    that it moves away from where it started.
+//! 3. Both are judged on texts that no stage has seen: by the reward model, and by ROUGE-L
+//!    against the human summaries, which nothing was trained on. When the first rises and the
+//!    second falls, the reward was hacked, and the table says so.
+
+mod support;
+
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use clap::Parser;
+use rlhf::core::{
+    Device, EpochConfig, GenerationConfig, JsonlObserver, Kind, Observer, Preference,
+    ProgressObserver, RngStreams, SamplingConfig, constraint_fn, generate, tch,
+};
+use rlhf::models::{CausalLm, LoadOptions, SequenceClassifier, Tokenizer, ValueHeadModel};
+use rlhf::ppo::{Constraint, KlControl, MissingEos, PpoConfig, PpoTrainer, Whitening};
+use rlhf::reward::{Normalized, RewardConfig, RewardTrainer};
+use rlhf::scale::{AdamWConfig, Schedule, UpdateConfig};
+use support::curves;
+use support::evaluate::{Evaluation, HeldOut, evaluate};
+use support::faithful::unsupported_names;
+use support::report::{Report, print_examples};
+use support::task::{Pair, SummaryTask, read_pairs};
+
+type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
+
+/// Trains a language model to summarise, by reinforcement learning from human feedback.
+#[derive(Debug, Parser)]
+struct Options {
+    /// Hugging Face folder of the language model to start from.
+    #[arg(long, default_value = "examples/models/debtldr-gpt2")]
+    model: PathBuf,
+    /// Hugging Face folder of a reward model (a sequence classifier with one label and the
+    /// language model's tokens); without it, one is trained.
+    #[arg(long)]
+    reward_model: Option<PathBuf>,
+    /// JSONL file with `text` and `summary`; a tenth of it, at most 128 lines, is held out.
+    /// Without it, the embedded data.
+    #[arg(long)]
+    data: Option<PathBuf>,
+    /// PPO steps.
+    #[arg(long, default_value_t = 24)]
+    steps: u64,
+    /// Texts of a PPO step.
+    #[arg(long, default_value_t = 32)]
+    batch: usize,
+    /// Comparisons that the reward model is trained on.
+    #[arg(long, default_value_t = 512)]
+    comparisons: usize,
+    /// Seed of every random choice.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// cpu, or cuda:N.
+    #[arg(long, default_value = "cpu", value_parser = parse_device)]
+    device: Device,
+    /// Folder for the trained model, metrics and curves.
+    #[arg(long, default_value = "runs/summarize")]
+    out: PathBuf,
+    /// Keeps summaries that name a number or a capitalised word which the text does not have
+    /// from teaching the model.
+    #[arg(long)]
+    constraint: bool,
+    /// PPO's learning rate.
+    #[arg(long, default_value_t = 1e-4)]
+    lr: f64,
+    /// Price of a nat of divergence, in standard deviations of the reward.
+    #[arg(long, default_value_t = 0.05)]
+    kl_coef: f64,
+    /// Tokens of a text that the model sees.
+    #[arg(long, default_value_t = 72)]
+    max_text_tokens: usize,
+    /// Most tokens of a summary.
+    #[arg(long, default_value_t = 24)]
+    max_new_tokens: usize,
+}
+
+fn main() -> Result<()> {
+    let started = Instant::now();
+    let options = Options::parse();
+    std::fs::create_dir_all(&options.out)?;
+
+    let (train, held_out) = read_data(options.data.as_deref())?;
+    let load = LoadOptions { device: options.device, kind: Some(Kind::Float) };
+    let reference = CausalLm::from_pretrained(&options.model, &load)?;
+    let tokenizer = Tokenizer::from_dir(&options.model)?;
+    tokenizer.check_fits(reference.config())?;
+    let task = SummaryTask::new(tokenizer, options.max_text_tokens)?;
+    let held_out = HeldOut::new(held_out, &task)?;
+    println!(
+        "{}: {} texts to learn from, {} held out",
+        options.model.display(), train.len(), held_out.pairs.len()
+    );
+
+    println!("\n1. Reward model");
+    let (rewarded, accuracy) = reward_model(&options, &load, &reference, &task, &train, &held_out)?;
+
+    println!("\n2. PPO: {} steps of {} texts", options.steps, options.batch);
+    let mut trainer = ppo_trainer(&options, &task, reference, rewarded)?;
+    let judge = |trainer: &Trainer| -> Result<Evaluation> {
+        let (policy, reference) = (trainer.policy(), trainer.reference());
+        evaluate(policy, reference, trainer.reward(), &task, &held_out, &generation(&options, &task))
+    };
+    let before = judge(&trainer)?;
+    let metrics = options.out.join("metrics.jsonl");
+    let mut observers: Vec<Box<dyn Observer>> = vec![
+        Box::new(JsonlObserver::resume_phase(&metrics, "ppo", 0)?),
+        Box::new(ProgressObserver::new(["ppo/score/mean", "ppo/kl", "ppo/finished", "ppo/policy/clipfrac"])),
+    ];
+    let prompts = train.iter().map(|p| task.prompt(&p.text)).collect::<Result<Vec<_>>>()?;
+    trainer.train(&prompts, options.steps, &mut observers)?;
+    let after = judge(&trainer)?;
+
+    println!("\n3. Held-out texts, before and after");
+    trainer.policy().save_pretrained(options.out.join("policy"))?;
+    task.tokenizer().save(options.out.join("policy"))?;
+    let panels: [curves::Panel<'_>; 3] = [
+        ("reward (reference: mean 0, deviation 1)", &["ppo/score/mean"]),
+        ("divergence from the reference, nats a summary", &["ppo/kl"]),
+        ("length, tokens", &["ppo/length"]),
+    ];
+    curves::draw(&metrics, "ppo", &panels, 3, &options.out.join("curves.svg"))?;
+    let report = Report::new(&before, &after, accuracy, started.elapsed());
+    std::fs::write(options.out.join("summary.json"), serde_json::to_string_pretty(&report)?)?;
+    println!("{report}");
+    if options.constraint {
+        let rate = |e: &Evaluation| violation_rate(e, &held_out.pairs);
+        println!("summaries that name what the text does not: {:.0}% before, {:.0}% after\n", rate(&before), rate(&after));
+    }
+    print_examples(&held_out.pairs, &before, &after, 5);
+    println!("\nthe model, curves.svg, metrics.jsonl and summary.json are in {}", options.out.display());
+    Ok(())
+}
+
+type Scored = Normalized<SequenceClassifier>;
+type Trainer = PpoTrainer<CausalLm, ValueHeadModel>;
+
+/// Loads or trains the reward model and scales its scores: the reference's summaries have mean 0
+/// and deviation 1. Also the share of held-out comparisons that it gets right.
+fn reward_model(
+    options: &Options,
+    load: &LoadOptions,
+    reference: &CausalLm,
+    task: &SummaryTask,
+    train: &[Pair],
+    held_out: &HeldOut,
+) -> Result<(Scored, f64)> {
+    let compare = |pairs: &[Pair], first: u64| comparisons(options, reference, task, pairs, first);
+    let unseen = compare(&held_out.pairs, HELD_OUT_SAMPLES)?;
+    let config = RewardConfig {
+        update: UpdateConfig {
+            optimizer: AdamWConfig { lr: 3e-4, ..AdamWConfig::default() },
+            schedule: Schedule::linear(2, options.comparisons.div_ceil(REWARD_BATCH) as u64),
+            max_grad_norm: Some(1.0),
+        },
+        microbatch_size: REWARD_BATCH,
+        ..RewardConfig::default()
+    };
+    let mut trainer = match &options.reward_model {
+        Some(dir) => RewardTrainer::new(SequenceClassifier::from_pretrained(dir, load)?, config)?,
+        None => RewardTrainer::new(SequenceClassifier::from_causal_lm(reference, 1, options.seed)?, config)?,
+    };
+    if options.reward_model.is_none() {
+        let pairs = compare(&train[..options.comparisons.min(train.len())], 0)?;
+        let epochs = EpochConfig { batch_size: REWARD_BATCH, seed: options.seed, ..EpochConfig::default() };
+        let mut observers: Vec<Box<dyn Observer>> = vec![
+            Box::new(JsonlObserver::create(options.out.join("metrics.jsonl"))?),
+            Box::new(ProgressObserver::new(["reward/loss", "reward/accuracy"])),
+        ];
+        trainer.train(&pairs, &epochs, &mut observers)?;
+    }
+    let accuracy = trainer.evaluate(&unseen)?.accuracy;
+    println!("human summary preferred to the model's own: {:.1}% of {} held-out pairs", 100.0 * accuracy, unseen.len());
+
+    let prompts: Vec<_> = train.iter().rev().take(CALIBRATION_TEXTS).map(|p| task.prompt(&p.text)).collect::<Result<_>>()?;
+    let own = generate(reference, &prompts, &generation(options, task), &RngStreams::new(options.seed), CALIBRATION_SAMPLES)?;
+    Ok((Normalized::fit(trainer.into_model(), [&own])?, accuracy))
+}
+
+const REWARD_BATCH: usize = 16;
+const CALIBRATION_TEXTS: usize = 128;
+/// Where the random numbers of each use of `generate` start, so that none is used twice.
+const HELD_OUT_SAMPLES: u64 = 1 << 32;
+const CALIBRATION_SAMPLES: u64 = 2 << 32;
+
+/// The human summary of each text against the model's own.
+fn comparisons(options: &Options, model: &CausalLm, task: &SummaryTask, pairs: &[Pair], first: u64) -> Result<Vec<Preference>> {
+    let prompts = pairs.iter().map(|p| task.prompt(&p.text)).collect::<Result<Vec<_>>>()?;
+    let streams = RngStreams::new(options.seed);
+    let own = generate(model, &prompts, &generation(options, task), &streams, first)?;
+    pairs
+        .iter()
+        .zip(own.batch.into_sequences())
+        .map(|(pair, own)| Ok(Preference::new(own.prompt, task.response(&pair.summary)?, own.response)))
+        .collect()
+}
+
+fn ppo_trainer(options: &Options, task: &SummaryTask, reference: CausalLm, reward: Scored) -> Result<Trainer> {
+    let config = PpoConfig {
+        seed: options.seed,
+        batch_size: options.batch,
+        ppo_epochs: 2,
+        minibatches: 2,
+        microbatch_size: 32,
+        kl_control: KlControl::Fixed { kl_coef: options.kl_coef },
+        // An unfinished summary counts as one that is two deviations worse than usual.
+        missing_eos: MissingEos::Replace(-2.0),
+        whiten_advantages: Whitening::Population,
+        generation: generation(options, task),
+        update: UpdateConfig {
+            optimizer: AdamWConfig { lr: options.lr, ..PpoConfig::n_plus().update.optimizer },
+            max_grad_norm: Some(1.0),
+            ..UpdateConfig::default()
+        },
+        ..PpoConfig::n_plus()
+    }
+    .annealed(options.steps);
+    let mut policy = reference.try_clone()?;
+    policy.set_trainable(true);
+    let value = ValueHeadModel::from_classifier(reward.model())?;
+    let mut trainer = PpoTrainer::new(config, policy, value, reference, reward)?.with_detokenizer(task.tokenizer().clone());
+    if options.constraint {
+        let cost = constraint_fn(unsupported_names);
+        trainer = trainer.with_constraint(Constraint::new("unsupported_names", cost, 0.5));
+    }
+    Ok(trainer)
+}
+
+/// How summaries are sampled, in every stage.
+fn generation(options: &Options, task: &SummaryTask) -> GenerationConfig {
+    GenerationConfig {
+        max_new_tokens: options.max_new_tokens,
+        sampling: SamplingConfig { temperature: 0.7, ..SamplingConfig::default() },
+        stop_token_ids: vec![task.stop()],
+        ..GenerationConfig::default()
+    }
+}
+
+fn read_data(file: Option<&Path>) -> Result<(Vec<Pair>, Vec<Pair>)> {
+    let Some(file) = file else {
+        let mut held_out = read_pairs(Path::new("examples/data/debtldr/valid.jsonl"))?;
+        held_out.truncate(HELD_OUT_TEXTS);
+        return Ok((read_pairs(Path::new("examples/data/debtldr/train.jsonl"))?, held_out));
+    };
+    let mut pairs = read_pairs(file)?;
+    if pairs.len() < 20 {
+        return Err(format!("{}: {} lines; at least 20 are needed, since a tenth is held out", file.display(), pairs.len()).into());
+    }
+    let held_out = pairs.split_off(pairs.len() - (pairs.len() / 10).min(HELD_OUT_TEXTS));
+    Ok((pairs, held_out))
+}
+
+const HELD_OUT_TEXTS: usize = 128;
+
+fn violation_rate(evaluation: &Evaluation, pairs: &[Pair]) -> f64 {
+    let offends = |(summary, pair): (&String, &Pair)| unsupported_names(&pair.text, summary) > 0.5;
+    let count = evaluation.summaries.iter().zip(pairs).filter(|p| offends(*p)).count();
+    100.0 * count as f64 / pairs.len() as f64
+}
+
+fn parse_device(name: &str) -> Result<Device, String> {
+    if name == "cpu" {
+        return Ok(Device::Cpu);
+    }
+    let number = name.strip_prefix("cuda:").and_then(|n| n.parse().ok());
+    let number: usize = number.ok_or(format!("{name:?} is neither cpu nor cuda:N"))?;
+    let found = tch::Cuda::device_count().max(0) as usize;
+    match number < found {
+        true => Ok(Device::Cuda(number)),
+        false => Err(format!("this libtorch sees {found} CUDA devices; see docs/libtorch.md")),
+    }
+}
