@@ -113,7 +113,7 @@ fn main() -> Result<()> {
     let report = evaluate(&task, &model, &valid)?;
     eprintln!("{report}");
     // 16 bits hold what a model of this size knows, in half the space.
-    model.try_clone()?.to_kind(Kind::BFloat16)?.save_pretrained(&options.out)?;
+    model.save_pretrained_as(&options.out, Kind::BFloat16)?;
     std::fs::write(options.out.join("training.json"), serde_json::to_string_pretty(&serde_json::json!({
         "options": options, "parameters": parameters, "held_out": serde_json::to_value(&report)?,
     }))?)?;
