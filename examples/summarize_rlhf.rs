@@ -91,7 +91,10 @@ fn main() -> Result<()> {
     std::fs::create_dir_all(&options.out)?;
 
     let (train, held_out) = read_data(options.data.as_deref())?;
-    let load = LoadOptions { device: options.device, kind: Some(Kind::Float) };
+    let load = LoadOptions {
+        device: options.device,
+        kind: Some(Kind::Float),
+    };
     let reference = CausalLm::from_pretrained(&options.model, &load)?;
     let tokenizer = Tokenizer::from_dir(&options.model)?;
     tokenizer.check_fits(reference.config())?;
@@ -99,46 +102,81 @@ fn main() -> Result<()> {
     let held_out = HeldOut::new(held_out, &task)?;
     println!(
         "{}: {} texts to learn from, {} held out",
-        options.model.display(), train.len(), held_out.pairs.len()
+        options.model.display(),
+        train.len(),
+        held_out.pairs.len()
     );
 
     println!("\n1. Reward model");
     let (rewarded, accuracy) = reward_model(&options, &load, &reference, &task, &train, &held_out)?;
 
-    println!("\n2. PPO: {} steps of {} texts", options.steps, options.batch);
+    println!(
+        "\n2. PPO: {} steps of {} texts",
+        options.steps, options.batch
+    );
     let mut trainer = ppo_trainer(&options, &task, reference, rewarded)?;
     let judge = |trainer: &Trainer| -> Result<Evaluation> {
         let (policy, reference) = (trainer.policy(), trainer.reference());
-        evaluate(policy, reference, trainer.reward(), &task, &held_out, &generation(&options, &task))
+        evaluate(
+            policy,
+            reference,
+            trainer.reward_model(),
+            &task,
+            &held_out,
+            &generation(&options, &task),
+        )
     };
     let before = judge(&trainer)?;
     let metrics = options.out.join("metrics.jsonl");
     let mut observers: Vec<Box<dyn Observer>> = vec![
         Box::new(JsonlObserver::resume_phase(&metrics, "ppo", 0)?),
-        Box::new(ProgressObserver::new(["ppo/score/mean", "ppo/kl", "ppo/finished", "ppo/policy/clipfrac"])),
+        Box::new(ProgressObserver::new([
+            "ppo/score/mean",
+            "ppo/kl",
+            "ppo/finished",
+            "ppo/policy/clipfrac",
+        ])),
     ];
-    let prompts = train.iter().map(|p| task.prompt(&p.text)).collect::<Result<Vec<_>>>()?;
+    let prompts = train
+        .iter()
+        .map(|p| task.prompt(&p.text))
+        .collect::<Result<Vec<_>>>()?;
     trainer.train(&prompts, options.steps, &mut observers)?;
     let after = judge(&trainer)?;
 
     println!("\n3. Held-out texts, before and after");
-    trainer.policy().save_pretrained(options.out.join("policy"))?;
+    trainer
+        .policy()
+        .save_pretrained(options.out.join("policy"))?;
     task.tokenizer().save(options.out.join("policy"))?;
     let panels: [curves::Panel<'_>; 3] = [
-        ("reward (reference: mean 0, deviation 1)", &["ppo/score/mean"]),
+        (
+            "reward (reference: mean 0, deviation 1)",
+            &["ppo/score/mean"],
+        ),
         ("divergence from the reference, nats a summary", &["ppo/kl"]),
         ("length, tokens", &["ppo/length"]),
     ];
     curves::draw(&metrics, "ppo", &panels, 3, &options.out.join("curves.svg"))?;
     let report = Report::new(&before, &after, accuracy, started.elapsed());
-    std::fs::write(options.out.join("summary.json"), serde_json::to_string_pretty(&report)?)?;
+    std::fs::write(
+        options.out.join("summary.json"),
+        serde_json::to_string_pretty(&report)?,
+    )?;
     println!("{report}");
     if options.constraint {
         let rate = |e: &Evaluation| violation_rate(e, &held_out.pairs);
-        println!("summaries that name what the text does not: {:.0}% before, {:.0}% after\n", rate(&before), rate(&after));
+        println!(
+            "summaries that name what the text does not: {:.0}% before, {:.0}% after\n",
+            rate(&before),
+            rate(&after)
+        );
     }
     print_examples(&held_out.pairs, &before, &after, 5);
-    println!("\nthe model, curves.svg, metrics.jsonl and summary.json are in {}", options.out.display());
+    println!(
+        "\nthe model, curves.svg, metrics.jsonl and summary.json are in {}",
+        options.out.display()
+    );
     Ok(())
 }
 
@@ -159,7 +197,10 @@ fn reward_model(
     let unseen = compare(&held_out.pairs, HELD_OUT_SAMPLES)?;
     let config = RewardConfig {
         update: UpdateConfig {
-            optimizer: AdamWConfig { lr: 3e-4, ..AdamWConfig::default() },
+            optimizer: AdamWConfig {
+                lr: 3e-4,
+                ..AdamWConfig::default()
+            },
             schedule: Schedule::linear(2, options.comparisons.div_ceil(REWARD_BATCH) as u64),
             max_grad_norm: Some(1.0),
         },
@@ -168,11 +209,18 @@ fn reward_model(
     };
     let mut trainer = match &options.reward_model {
         Some(dir) => RewardTrainer::new(SequenceClassifier::from_pretrained(dir, load)?, config)?,
-        None => RewardTrainer::new(SequenceClassifier::from_causal_lm(reference, 1, options.seed)?, config)?,
+        None => RewardTrainer::new(
+            SequenceClassifier::from_causal_lm(reference, 1, options.seed)?,
+            config,
+        )?,
     };
     if options.reward_model.is_none() {
         let pairs = compare(&train[..options.comparisons.min(train.len())], 0)?;
-        let epochs = EpochConfig { batch_size: REWARD_BATCH, seed: options.seed, ..EpochConfig::default() };
+        let epochs = EpochConfig {
+            batch_size: REWARD_BATCH,
+            seed: options.seed,
+            ..EpochConfig::default()
+        };
         let mut observers: Vec<Box<dyn Observer>> = vec![
             Box::new(JsonlObserver::create(options.out.join("metrics.jsonl"))?),
             Box::new(ProgressObserver::new(["reward/loss", "reward/accuracy"])),
@@ -180,10 +228,25 @@ fn reward_model(
         trainer.train(&pairs, &epochs, &mut observers)?;
     }
     let accuracy = trainer.evaluate(&unseen)?.accuracy;
-    println!("human summary preferred to the model's own: {:.1}% of {} held-out pairs", 100.0 * accuracy, unseen.len());
+    println!(
+        "human summary preferred to the model's own: {:.1}% of {} held-out pairs",
+        100.0 * accuracy,
+        unseen.len()
+    );
 
-    let prompts: Vec<_> = train.iter().rev().take(CALIBRATION_TEXTS).map(|p| task.prompt(&p.text)).collect::<Result<_>>()?;
-    let own = generate(reference, &prompts, &generation(options, task), &RngStreams::new(options.seed), CALIBRATION_SAMPLES)?;
+    let prompts: Vec<_> = train
+        .iter()
+        .rev()
+        .take(CALIBRATION_TEXTS)
+        .map(|p| task.prompt(&p.text))
+        .collect::<Result<_>>()?;
+    let own = generate(
+        reference,
+        &prompts,
+        &generation(options, task),
+        &RngStreams::new(options.seed),
+        CALIBRATION_SAMPLES,
+    )?;
     Ok((Normalized::fit(trainer.into_model(), [&own])?, accuracy))
 }
 
@@ -194,31 +257,56 @@ const HELD_OUT_SAMPLES: u64 = 1 << 32;
 const CALIBRATION_SAMPLES: u64 = 2 << 32;
 
 /// The human summary of each text against the model's own.
-fn comparisons(options: &Options, model: &CausalLm, task: &SummaryTask, pairs: &[Pair], first: u64) -> Result<Vec<Preference>> {
-    let prompts = pairs.iter().map(|p| task.prompt(&p.text)).collect::<Result<Vec<_>>>()?;
+fn comparisons(
+    options: &Options,
+    model: &CausalLm,
+    task: &SummaryTask,
+    pairs: &[Pair],
+    first: u64,
+) -> Result<Vec<Preference>> {
+    let prompts = pairs
+        .iter()
+        .map(|p| task.prompt(&p.text))
+        .collect::<Result<Vec<_>>>()?;
     let streams = RngStreams::new(options.seed);
     let own = generate(model, &prompts, &generation(options, task), &streams, first)?;
     pairs
         .iter()
         .zip(own.batch.into_sequences())
-        .map(|(pair, own)| Ok(Preference::new(own.prompt, task.response(&pair.summary)?, own.response)))
+        .map(|(pair, own)| {
+            Ok(Preference::new(
+                own.prompt,
+                task.response(&pair.summary)?,
+                own.response,
+            ))
+        })
         .collect()
 }
 
-fn ppo_trainer(options: &Options, task: &SummaryTask, reference: CausalLm, reward: Scored) -> Result<Trainer> {
+fn ppo_trainer(
+    options: &Options,
+    task: &SummaryTask,
+    reference: CausalLm,
+    reward: Scored,
+) -> Result<Trainer> {
     let config = PpoConfig {
         seed: options.seed,
         batch_size: options.batch,
         ppo_epochs: 2,
         minibatches: 2,
         microbatch_size: 32,
-        kl_control: KlControl::Fixed { kl_coef: options.kl_coef },
+        kl_control: KlControl::Fixed {
+            kl_coef: options.kl_coef,
+        },
         // An unfinished summary counts as one that is two deviations worse than usual.
         missing_eos: MissingEos::Replace(-2.0),
         whiten_advantages: Whitening::Population,
         generation: generation(options, task),
         update: UpdateConfig {
-            optimizer: AdamWConfig { lr: options.lr, ..PpoConfig::n_plus().update.optimizer },
+            optimizer: AdamWConfig {
+                lr: options.lr,
+                ..PpoConfig::n_plus().update.optimizer
+            },
             max_grad_norm: Some(1.0),
             ..UpdateConfig::default()
         },
@@ -228,7 +316,8 @@ fn ppo_trainer(options: &Options, task: &SummaryTask, reference: CausalLm, rewar
     let mut policy = reference.try_clone()?;
     policy.set_trainable(true);
     let value = ValueHeadModel::from_classifier(reward.model())?;
-    let mut trainer = PpoTrainer::new(config, policy, value, reference, reward)?.with_detokenizer(task.tokenizer().clone());
+    let mut trainer = PpoTrainer::new(config, policy, value, reference, reward)?
+        .with_detokenizer(task.tokenizer().clone());
     if options.constraint {
         let cost = constraint_fn(unsupported_names);
         trainer = trainer.with_constraint(Constraint::new("unsupported_names", cost, 0.5));
@@ -240,7 +329,10 @@ fn ppo_trainer(options: &Options, task: &SummaryTask, reference: CausalLm, rewar
 fn generation(options: &Options, task: &SummaryTask) -> GenerationConfig {
     GenerationConfig {
         max_new_tokens: options.max_new_tokens,
-        sampling: SamplingConfig { temperature: 0.7, ..SamplingConfig::default() },
+        sampling: SamplingConfig {
+            temperature: 0.7,
+            ..SamplingConfig::default()
+        },
         stop_token_ids: vec![task.stop()],
         ..GenerationConfig::default()
     }
@@ -250,11 +342,19 @@ fn read_data(file: Option<&Path>) -> Result<(Vec<Pair>, Vec<Pair>)> {
     let Some(file) = file else {
         let mut held_out = read_pairs(Path::new("examples/data/debtldr/valid.jsonl"))?;
         held_out.truncate(HELD_OUT_TEXTS);
-        return Ok((read_pairs(Path::new("examples/data/debtldr/train.jsonl"))?, held_out));
+        return Ok((
+            read_pairs(Path::new("examples/data/debtldr/train.jsonl"))?,
+            held_out,
+        ));
     };
     let mut pairs = read_pairs(file)?;
     if pairs.len() < 20 {
-        return Err(format!("{}: {} lines; at least 20 are needed, since a tenth is held out", file.display(), pairs.len()).into());
+        return Err(format!(
+            "{}: {} lines; at least 20 are needed, since a tenth is held out",
+            file.display(),
+            pairs.len()
+        )
+        .into());
     }
     let held_out = pairs.split_off(pairs.len() - (pairs.len() / 10).min(HELD_OUT_TEXTS));
     Ok((pairs, held_out))
@@ -264,7 +364,12 @@ const HELD_OUT_TEXTS: usize = 128;
 
 fn violation_rate(evaluation: &Evaluation, pairs: &[Pair]) -> f64 {
     let offends = |(summary, pair): (&String, &Pair)| unsupported_names(&pair.text, summary) > 0.5;
-    let count = evaluation.summaries.iter().zip(pairs).filter(|p| offends(*p)).count();
+    let count = evaluation
+        .summaries
+        .iter()
+        .zip(pairs)
+        .filter(|p| offends(*p))
+        .count();
     100.0 * count as f64 / pairs.len() as f64
 }
 
@@ -277,6 +382,8 @@ fn parse_device(name: &str) -> Result<Device, String> {
     let found = tch::Cuda::device_count().max(0) as usize;
     match number < found {
         true => Ok(Device::Cuda(number)),
-        false => Err(format!("this libtorch sees {found} CUDA devices; see docs/libtorch.md")),
+        false => Err(format!(
+            "this libtorch sees {found} CUDA devices; see docs/libtorch.md"
+        )),
     }
 }

@@ -104,8 +104,17 @@ fn main() -> Result<()> {
         train_tokenizer(&train, options.vocab, &options.out)?;
     }
     let task = SummaryTask::new(Tokenizer::from_dir(&options.out)?, options.max_text_tokens)?;
-    let model = CausalLm::new(config(&options, &task), options.seed, Device::Cpu, Kind::Float)?;
-    let parameters: i64 = model.named_parameters().iter().map(|(_, t)| t.numel() as i64).sum();
+    let model = CausalLm::new(
+        config(&options, &task),
+        options.seed,
+        Device::Cpu,
+        Kind::Float,
+    )?;
+    let parameters: i64 = model
+        .named_parameters()
+        .iter()
+        .map(|(_, t)| t.numel() as i64)
+        .sum();
     eprintln!("{parameters} parameters, {} texts", train.len());
 
     train_model(&options, &task, &model, &train)?;
@@ -114,10 +123,16 @@ fn main() -> Result<()> {
     eprintln!("{report}");
     // 16 bits hold what a model of this size knows, in half the space.
     model.save_pretrained_as(&options.out, Kind::BFloat16)?;
-    std::fs::write(options.out.join("training.json"), serde_json::to_string_pretty(&serde_json::json!({
-        "options": options, "parameters": parameters, "held_out": serde_json::to_value(&report)?,
-    }))?)?;
-    let panels = [("loss, nats a token", ["base/summary_nll", "base/text_nll"].as_slice())];
+    std::fs::write(
+        options.out.join("training.json"),
+        serde_json::to_string_pretty(&serde_json::json!({
+            "options": options, "parameters": parameters, "held_out": serde_json::to_value(&report)?,
+        }))?,
+    )?;
+    let panels = [(
+        "loss, nats a token",
+        ["base/summary_nll", "base/text_nll"].as_slice(),
+    )];
     support::curves::draw(
         &options.out.join("metrics.jsonl"),
         "base",
@@ -130,21 +145,31 @@ fn main() -> Result<()> {
 /// A byte-level BPE of `vocab` tokens, written as `tokenizer.json` and `tokenizer_config.json`.
 fn train_tokenizer(pairs: &[Pair], vocab: usize, out: &Path) -> Result<()> {
     let boxed = |error: tokenizers::Error| -> Box<dyn Error> { error };
-    let mut tokenizer = TokenizerBuilder::<BPE, tokenizers::NormalizerWrapper, _, tokenizers::PostProcessorWrapper, _>::default()
-        .with_model(BPE::default())
-        .with_pre_tokenizer(Some(ByteLevel::new(false, true, true)))
-        .with_decoder(Some(ByteLevel::new(false, true, true)))
-        .build()
-        .map_err(boxed)?;
+    let mut tokenizer = TokenizerBuilder::<
+        BPE,
+        tokenizers::NormalizerWrapper,
+        _,
+        tokenizers::PostProcessorWrapper,
+        _,
+    >::default()
+    .with_model(BPE::default())
+    .with_pre_tokenizer(Some(ByteLevel::new(false, true, true)))
+    .with_decoder(Some(ByteLevel::new(false, true, true)))
+    .build()
+    .map_err(boxed)?;
     let mut trainer = BpeTrainerBuilder::new()
         .vocab_size(vocab)
         .show_progress(false)
         .special_tokens(vec![AddedToken::from(END_OF_TEXT, true)])
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .build();
-    let texts = pairs.iter().map(|p| format!("{INSTRUCTION}{}{CUE} {}", p.text, p.summary));
+    let texts = pairs
+        .iter()
+        .map(|p| format!("{INSTRUCTION}{}{CUE} {}", p.text, p.summary));
     tokenizer.train(&mut trainer, texts).map_err(boxed)?;
-    tokenizer.save(out.join("tokenizer.json"), false).map_err(boxed)?;
+    tokenizer
+        .save(out.join("tokenizer.json"), false)
+        .map_err(boxed)?;
     let settings = serde_json::json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,
@@ -153,7 +178,10 @@ fn train_tokenizer(pairs: &[Pair], vocab: usize, out: &Path) -> Result<()> {
         "model_max_length": 128,
         "clean_up_tokenization_spaces": false,
     });
-    std::fs::write(out.join("tokenizer_config.json"), serde_json::to_string_pretty(&settings)?)?;
+    std::fs::write(
+        out.join("tokenizer_config.json"),
+        serde_json::to_string_pretty(&settings)?,
+    )?;
     Ok(())
 }
 
@@ -253,8 +281,7 @@ impl EpochTrainer for BaseTrainer<'_> {
         let (model, options, task) = (self.model, self.options, self.task);
         let mut stats = Stats::new();
         let update = self.updater.update::<Box<dyn Error>>(1, |_| {
-            let (loss, means) =
-                weighted_loss(model, &batch, &exercises, options, task, &mut rng)?;
+            let (loss, means) = weighted_loss(model, &batch, &exercises, options, task, &mut rng)?;
             stats = means;
             Ok(loss)
         })?;
@@ -289,13 +316,19 @@ impl Exercise {
     fn draw(example: &Sequence, options: &Options, task: &SummaryTask, rng: &mut impl Rng) -> Self {
         let text = &example.prompt[task.instruction_len()..example.prompt.len() - task.cue_len()];
         if text.is_empty() || rng.random::<f64>() >= options.copy_share {
-            return Self { sequence: example.clone(), copies: false };
+            return Self {
+                sequence: example.clone(),
+                copies: false,
+            };
         }
         let length = rng.random_range(8..=28usize).min(text.len());
         let start = rng.random_range(0..=text.len() - length);
         let piece = &text[start..start + length];
         let sequence = Sequence::new(task.prompt_of(piece), [piece, &[task.stop()]].concat());
-        Self { sequence, copies: true }
+        Self {
+            sequence,
+            copies: true,
+        }
     }
 }
 
@@ -312,7 +345,9 @@ fn weighted_loss(
     const KINDS: [&str; 3] = ["base/summary_nll", "base/copy_nll", "base/text_nll"];
     let packed = batch.packed(Device::Cpu);
     let (mut rows, mut ids, mut kinds) = (Vec::new(), Vec::new(), Vec::new());
-    for ((segment, exercise), sequence) in packed.segments.iter().zip(exercises).zip(batch.sequences()) {
+    for ((segment, exercise), sequence) in
+        packed.segments.iter().zip(exercises).zip(batch.sequences())
+    {
         let prompt = sequence.prompt.len();
         let text = task.instruction_len()..prompt - task.cue_len();
         for (at, id) in sequence.tokens().enumerate() {
@@ -327,11 +362,17 @@ fn weighted_loss(
             kinds.push(kind);
         }
     }
-    let hidden = model.hidden_states(&packed)?.index_select(0, &Tensor::from_slice(&rows));
+    let hidden = model
+        .hidden_states(&packed)?
+        .index_select(0, &Tensor::from_slice(&rows));
     let nll = -gather_logprobs(&model.logits_of(&hidden)?, &Tensor::from_slice(&ids));
     let kinds = Tensor::from_slice(&kinds);
     let (mut loss, mut means) = (Tensor::from(0f32), Stats::new());
-    for (kind, (name, weight)) in KINDS.iter().zip([1.0, 1.0, options.text_weight]).enumerate() {
+    for (kind, (name, weight)) in KINDS
+        .iter()
+        .zip([1.0, 1.0, options.text_weight])
+        .enumerate()
+    {
         let mask = kinds.eq(kind as i64);
         let count = f64::try_from(mask.sum(Kind::Float))?;
         if count > 0.0 {
@@ -354,16 +395,27 @@ struct Report {
 
 impl std::fmt::Display for Report {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        writeln!(f, "held out: {} texts, ROUGE-L {:.1}, {:.1} tokens", self.texts, self.rouge_l, self.mean_tokens)?;
+        writeln!(
+            f,
+            "held out: {} texts, ROUGE-L {:.1}, {:.1} tokens",
+            self.texts, self.rouge_l, self.mean_tokens
+        )?;
         for sample in &self.samples {
-            writeln!(f, "  human: {}\n  model: {}", sample["human"], sample["model"])?;
+            writeln!(
+                f,
+                "  human: {}\n  model: {}",
+                sample["human"], sample["model"]
+            )?;
         }
         Ok(())
     }
 }
 
 fn evaluate(task: &SummaryTask, model: &CausalLm, valid: &[Pair]) -> Result<Report> {
-    let prompts = valid.iter().map(|p| task.prompt(&p.text)).collect::<Result<Vec<_>>>()?;
+    let prompts = valid
+        .iter()
+        .map(|p| task.prompt(&p.text))
+        .collect::<Result<Vec<_>>>()?;
     let config = GenerationConfig {
         max_new_tokens: 24,
         sampling: SamplingConfig::greedy(),
@@ -377,7 +429,10 @@ fn evaluate(task: &SummaryTask, model: &CausalLm, valid: &[Pair]) -> Result<Repo
         rouge += rouge_l(&pair.summary, &summary).f1;
         tokens += sequence.response.len();
         if samples.len() < 5 {
-            samples.push(HashMap::from([("human", pair.summary.clone()), ("model", summary)]));
+            samples.push(HashMap::from([
+                ("human", pair.summary.clone()),
+                ("model", summary),
+            ]));
         }
     }
     let texts = valid.len();

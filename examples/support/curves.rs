@@ -57,7 +57,10 @@ pub fn draw(
         for ((key, points), colour) in curves.iter().zip(COLOURS.iter().cycle()) {
             let colour = *colour;
             chart
-                .draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)))?
+                .draw_series(LineSeries::new(
+                    points.iter().copied(),
+                    colour.stroke_width(2),
+                ))?
                 .label(*key)
                 .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour));
         }

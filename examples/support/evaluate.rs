@@ -57,7 +57,12 @@ pub fn evaluate(
         .iter()
         .map(|t| t.response.trim().to_string())
         .collect();
-    let of = |reason| written.finish_reasons.iter().map(move |r| f64::from(*r == reason));
+    let of = |reason| {
+        written
+            .finish_reasons
+            .iter()
+            .map(move |r| f64::from(*r == reason))
+    };
     Ok(Evaluation {
         scores: in_chunks(&written, |part| reward.score(part))?,
         kl: in_chunks(&written, |part| {
@@ -69,7 +74,11 @@ pub fn evaluate(
                 policy.logprobs(&part.batch, &options)?,
                 reference.logprobs(&part.batch, &options)?,
             );
-            let sum = (new.logprobs - old.logprobs).sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
+            let sum = (new.logprobs - old.logprobs).sum_dim_intlist(
+                [1i64].as_slice(),
+                false,
+                Kind::Float,
+            );
             Ok(sum)
         })?,
         rouge_l: summaries

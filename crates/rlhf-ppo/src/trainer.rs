@@ -309,6 +309,16 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
         &self.value_model
     }
 
+    /// The reference policy, which the divergence is measured from.
+    pub fn reference(&self) -> &dyn Policy {
+        self.reference.as_ref()
+    }
+
+    /// The reward model.
+    pub fn reward_model(&self) -> &dyn RewardModel {
+        self.reward.as_ref()
+    }
+
     /// Updates done so far, those that were skipped included.
     pub fn steps_done(&self) -> u64 {
         self.steps_done

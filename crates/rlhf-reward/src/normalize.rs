@@ -102,6 +102,11 @@ impl<M: RewardModel> Normalized<M> {
         self.normalizer
     }
 
+    /// The model whose scores are normalised.
+    pub fn model(&self) -> &M {
+        &self.model
+    }
+
     /// The model without the map.
     pub fn into_inner(self) -> M {
         self.model

@@ -57,7 +57,11 @@ pub fn rouge_l(target: &str, prediction: &str) -> Rouge {
         let mut diagonal = 0;
         for (j, other) in prediction.iter().enumerate() {
             let above = row[j + 1];
-            row[j + 1] = if word == other { diagonal + 1 } else { above.max(row[j]) };
+            row[j + 1] = if word == other {
+                diagonal + 1
+            } else {
+                above.max(row[j])
+            };
             diagonal = above;
         }
     }

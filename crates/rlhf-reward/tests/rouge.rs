@@ -20,7 +20,11 @@ fn equals_rouge_score() {
             ("rouge2", rouge_n(target, prediction, 2)),
             ("rougeL", rouge_l(target, prediction)),
         ] {
-            let Rouge { precision, recall, f1 } = got;
+            let Rouge {
+                precision,
+                recall,
+                f1,
+            } = got;
             for (i, value) in [precision, recall, f1].into_iter().enumerate() {
                 let want = pair["plain"][name][i].as_f64().unwrap();
                 assert!(
