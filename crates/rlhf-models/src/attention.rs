@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use rlhf_core::Result;
+use rlhf_core::{Error, Result};
 use tch::Tensor;
 
 /// Queries, keys and values of the tokens of a run.
@@ -13,6 +13,23 @@ pub(crate) struct Qkv {
     pub(crate) query: Tensor,
     pub(crate) key: Tensor,
     pub(crate) value: Tensor,
+}
+
+impl Qkv {
+    /// Query, key and value, in that order. A split where three narrows would do costs one
+    /// gradient of the whole instead of three.
+    pub(crate) fn from_parts(parts: Vec<Tensor>) -> Result<Self> {
+        let found = parts.len();
+        match <[Tensor; 3]>::try_from(parts) {
+            Ok([query, key, value]) => Ok(Self { query, key, value }),
+            Err(_) => Err(Error::LengthMismatch {
+                left: "the parts of the attention's projection",
+                left_len: found,
+                right: "query, key and value",
+                right_len: 3,
+            }),
+        }
+    }
 }
 
 /// What the tokens of a run may look at. A model's blocks are the same for training, prefill
@@ -97,4 +114,16 @@ fn causal(
     Ok(output
         .transpose(1, 2)
         .f_reshape([run.rows * run.length, width])?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_of_one_length_share_a_call() {
+        let attention = SegmentAttention::new(&[0..3, 3..6, 6..8, 8..11]);
+        let run = |rows, length| Run { rows, length };
+        assert_eq!(attention.runs, [run(2, 3), run(1, 2), run(1, 3)]);
+    }
 }

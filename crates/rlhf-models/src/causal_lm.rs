@@ -14,6 +14,9 @@ use crate::trunk::{Model, Trunk};
 use crate::weights::{Builder, Init, WeightMap};
 use crate::{ModelConfig, Result};
 
+/// Logits that exist at a time where the caller records no gradients: 64 MiB of f32.
+const CHUNK_ELEMENTS: i64 = 1 << 24;
+
 /// Where and in what precision a model is loaded.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LoadOptions {
@@ -60,8 +63,9 @@ impl CausalLm {
     /// `initializer_range`, biases 0, norms 1. The weights depend on the seed alone.
     ///
     /// # Errors
-    /// libtorch's (out of memory).
+    /// Those of [`ModelConfig::validate`], and libtorch's (out of memory).
     pub fn new(config: ModelConfig, seed: u64, device: Device, kind: Kind) -> Result<Self> {
+        config.validate()?;
         let builder = Builder::random(seed, device, kind);
         let model = Model::build(config, builder, Path::new(""), LmHead::build)?;
         Ok(Self { model })
@@ -199,17 +203,27 @@ impl Policy for CausalLm {
         let hidden = self.hidden_states(&packed)?;
         // Logits of the tokens that predict a response token, and of no other.
         let hidden = hidden.f_index_select(0, &packed.predicting_rows())?;
-        let logits = self.logits_of(&hidden)?.f_to_kind(Kind::Float)? / options.temperature;
         let mask = batch.response_mask(self.device());
         let ids = batch.responses(0, self.device()).masked_select(&mask);
-        let scattered = |flat: Tensor| {
+        // In chunks: [S, V] in f32 is the largest tensor of all.
+        let rows = (CHUNK_ELEMENTS / self.config().vocab_size()).max(1);
+        let (mut chosen, mut entropies) = (Vec::new(), Vec::new());
+        for (hidden, ids) in hidden.split(rows, 0).iter().zip(ids.split(rows, 0)) {
+            let logits = self.logits_of(hidden)?.f_to_kind(Kind::Float)?;
+            let logits = logits.f_div_scalar(options.temperature)?;
+            chosen.push(gather_logprobs(&logits, &ids));
+            if options.entropy {
+                entropies.push(entropy(&logits));
+            }
+        }
+        let scattered = |parts: &[Tensor]| {
             Tensor::f_zeros(mask.size(), (Kind::Float, self.device()))?
-                .f_masked_scatter(&mask, &flat)
+                .f_masked_scatter(&mask, &Tensor::f_cat(parts, 0)?)
         };
         Ok(TokenLogprobs {
-            logprobs: scattered(gather_logprobs(&logits, &ids))?,
+            logprobs: scattered(&chosen)?,
             entropy: match options.entropy {
-                true => Some(scattered(entropy(&logits))?),
+                true => Some(scattered(&entropies)?),
                 false => None,
             },
             mask,

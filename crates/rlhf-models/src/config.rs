@@ -91,6 +91,17 @@ impl ModelConfig {
         Value::Object(map)
     }
 
+    /// Fails for sizes that make no model.
+    ///
+    /// # Errors
+    /// [`InvalidConfig`](rlhf_core::Error::InvalidConfig), naming the field.
+    pub fn validate(&self) -> rlhf_core::Result<()> {
+        match self {
+            Self::Gpt2(c) => c.validate(),
+            Self::Llama(c) => c.validate(),
+        }
+    }
+
     /// Number of token ids.
     pub fn vocab_size(&self) -> i64 {
         match self {
@@ -241,13 +252,12 @@ impl Fields {
         })
     }
 
-    /// A size: a whole number of at least 1.
-    pub(crate) fn size(&self, field: &str) -> Result<i64> {
-        let size = self.need(field)?;
-        if size < 1 {
-            return Err(self.invalid(field, "it must be at least 1"));
+    /// The error of a config that was read from this file and does not hold together.
+    pub(crate) fn because(&self, error: rlhf_core::Error) -> Error {
+        match error {
+            rlhf_core::Error::InvalidConfig { field, reason, .. } => self.invalid(field, reason),
+            other => other.into(),
         }
-        Ok(size)
     }
 
     pub(crate) fn invalid(&self, field: &str, reason: impl Into<String>) -> Error {
@@ -257,6 +267,17 @@ impl Fields {
             value: self.map.get(field).unwrap_or(&Value::Null).to_string(),
             reason: reason.into(),
         }
+    }
+}
+
+/// Fails unless every size is at least 1.
+pub(crate) fn check_sizes(sizes: &[(&'static str, i64)]) -> rlhf_core::Result<()> {
+    match sizes.iter().find(|(_, size)| *size < 1) {
+        Some(&(field, size)) => {
+            let reason = "it must be at least 1";
+            Err(rlhf_core::Error::config(field, size, reason))
+        }
+        None => Ok(()),
     }
 }
 

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use tch::Tensor;
 
 use crate::attention::{Attention, Qkv};
-use crate::config::Fields;
+use crate::config::{Fields, check_sizes};
 use crate::layers::{Activation, LayerNorm, Layout, Linear};
 use crate::weights::{Builder, Init};
 use crate::{Error, SpecialTokens};
@@ -87,11 +87,11 @@ impl Gpt2Config {
             return Err(fields.invalid("add_cross_attention", "only decoders are supported"));
         }
         let config = Self {
-            vocab_size: fields.size("vocab_size")?,
-            n_positions: fields.size("n_positions")?,
-            n_embd: fields.size("n_embd")?,
-            n_layer: fields.size("n_layer")?,
-            n_head: fields.size("n_head")?,
+            vocab_size: fields.need("vocab_size")?,
+            n_positions: fields.need("n_positions")?,
+            n_embd: fields.need("n_embd")?,
+            n_layer: fields.need("n_layer")?,
+            n_head: fields.need("n_head")?,
             n_inner: fields.get("n_inner")?,
             activation_function: fields
                 .get("activation_function")?
@@ -112,13 +112,28 @@ impl Gpt2Config {
             attn_pdrop: fields.get("attn_pdrop")?.unwrap_or(0.1),
             special_tokens: SpecialTokens::from_fields(fields)?,
         };
-        if config.n_embd % config.n_head != 0 {
-            return Err(fields.invalid(
-                "n_head",
-                format!("it must divide n_embd = {}", config.n_embd),
-            ));
-        }
+        config.validate().map_err(|error| fields.because(error))?;
         Ok(config)
+    }
+
+    /// Fails for sizes that make no model.
+    ///
+    /// # Errors
+    /// [`InvalidConfig`](rlhf_core::Error::InvalidConfig), naming the field.
+    pub fn validate(&self) -> Result<()> {
+        check_sizes(&[
+            ("vocab_size", self.vocab_size),
+            ("n_positions", self.n_positions),
+            ("n_embd", self.n_embd),
+            ("n_layer", self.n_layer),
+            ("n_head", self.n_head),
+            ("n_inner", self.n_inner.unwrap_or(1)),
+        ])?;
+        if self.n_embd % self.n_head != 0 {
+            let reason = "it must divide n_embd";
+            return Err(rlhf_core::Error::config("n_head", self.n_head, reason));
+        }
+        Ok(())
     }
 
     pub(crate) fn to_json(&self) -> Map<String, Value> {
@@ -262,12 +277,7 @@ impl Block {
     fn forward(&self, layer: usize, x: &Tensor, attention: &mut dyn Attention) -> Result<Tensor> {
         let qkv = self.qkv.forward(&self.attention_norm.forward(x)?)?;
         let qkv = qkv.f_view([-1, 3, self.heads, x.size()[1] / self.heads])?;
-        let mut parts = qkv.f_unbind(1)?.into_iter();
-        let (Some(query), Some(key), Some(value)) = (parts.next(), parts.next(), parts.next())
-        else {
-            unreachable!("the view above has three parts");
-        };
-        let qkv = Qkv { query, key, value };
+        let qkv = Qkv::from_parts(qkv.f_unbind(1)?)?;
         let attended = attention.attend(layer, &qkv, Some(self.scale))?;
         let x = x.f_add(&self.attention_output.forward(&attended)?)?;
         let inner = self.mlp_input.forward(&self.mlp_norm.forward(&x)?)?;

@@ -1,4 +1,42 @@
 //! Hugging Face language models, tokenizers and datasets for the rlhf crates.
+//!
+//! A folder in the layout of the Hugging Face hub (`config.json`, `model.safetensors`,
+//! `tokenizer.json`) becomes a [`CausalLm`] that the trainers take as a policy, a
+//! [`SequenceClassifier`] that judges, or a [`ValueHeadModel`], and a folder again that
+//! transformers reads. GPT-2 and Llama are here ([`SUPPORTED_ARCHITECTURES`]).
+//!
+//! ```
+//! use rlhf_models::core::{GenerationConfig, RngStreams, generate};
+//! use rlhf_models::{CausalLm, LoadOptions, Tokenizer};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/goldens/models/gpt2");
+//! let model = CausalLm::from_pretrained(folder, &LoadOptions::default())?;
+//! let tokenizer = Tokenizer::from_dir(folder)?;
+//! tokenizer.check_fits(model.config())?;
+//!
+//! let prompt = tokenizer.encode("The capital of France is")?.into();
+//! let config = GenerationConfig {
+//!     max_new_tokens: 8,
+//!     stop_token_ids: tokenizer.stop_token_ids().to_vec(),
+//!     ..GenerationConfig::default()
+//! };
+//! let written = generate(&model, &[prompt], &config, &RngStreams::new(0), 0)?;
+//! let text = tokenizer.decode(&written.batch.sequences()[0].response, true)?;
+//! # assert!(!text.is_empty());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! What makes them fast: a batch runs packed, with no padding, through every layer, and only
+//! attention looks at its sequences one by one; logits are computed for response tokens alone;
+//! decoding keeps keys and values in a preallocated cache; weights are views of the mapped file
+//! where alignment and kind allow it.
+//!
+//! There is no dropout anywhere: configs keep its probabilities, nothing applies them.
+//!
+//! [`data`] reads datasets, one JSON object a line. To train a model of your own, not of this
+//! crate, implement `Policy` of `rlhf-core`; the training crates do not depend on this one.
 
 mod attention;
 mod causal_lm;

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Tensor};
 
 use crate::attention::{Attention, Qkv};
-use crate::config::Fields;
+use crate::config::{Fields, check_sizes};
 use crate::layers::{Activation, Layout, Linear, RmsNorm};
 use crate::rope::{Rope, RopeConfig, RopeScaling, Rotation};
 use crate::weights::{Builder, Init};
@@ -83,26 +83,19 @@ impl Default for LlamaConfig {
 impl LlamaConfig {
     pub(crate) fn from_fields(fields: &Fields) -> Result<Self, Error> {
         let default = Self::default();
-        let hidden_size = fields.size("hidden_size")?;
-        let heads = fields.size("num_attention_heads")?;
-        let kv_heads = fields.get("num_key_value_heads")?.unwrap_or(heads);
-        if kv_heads < 1 || heads % kv_heads != 0 {
-            let reason = format!("it must divide num_attention_heads = {heads}");
-            return Err(fields.invalid("num_key_value_heads", reason));
-        }
-        let head_dim = fields.get("head_dim")?.unwrap_or(hidden_size / heads);
-        if head_dim < 2 || head_dim % 2 != 0 {
-            return Err(fields.invalid("head_dim", "rotary positions need an even number"));
-        }
-        Ok(Self {
-            vocab_size: fields.size("vocab_size")?,
-            max_position_embeddings: fields.size("max_position_embeddings")?,
+        let hidden_size: i64 = fields.need("hidden_size")?;
+        let heads: i64 = fields.need("num_attention_heads")?;
+        let config = Self {
+            vocab_size: fields.need("vocab_size")?,
+            max_position_embeddings: fields.need("max_position_embeddings")?,
             hidden_size,
-            intermediate_size: fields.size("intermediate_size")?,
-            num_hidden_layers: fields.size("num_hidden_layers")?,
+            intermediate_size: fields.need("intermediate_size")?,
+            num_hidden_layers: fields.need("num_hidden_layers")?,
             num_attention_heads: heads,
-            num_key_value_heads: kv_heads,
-            head_dim,
+            num_key_value_heads: fields.get("num_key_value_heads")?.unwrap_or(heads),
+            head_dim: fields
+                .get("head_dim")?
+                .unwrap_or(hidden_size / heads.max(1)),
             hidden_act: fields.get("hidden_act")?.unwrap_or(default.hidden_act),
             rms_norm_eps: fields.get("rms_norm_eps")?.unwrap_or(default.rms_norm_eps),
             rope: RopeConfig::from_fields(fields)?,
@@ -113,7 +106,42 @@ impl LlamaConfig {
                 .get("initializer_range")?
                 .unwrap_or(default.initializer_range),
             special_tokens: SpecialTokens::from_fields(fields)?,
-        })
+        };
+        config.validate().map_err(|error| fields.because(error))?;
+        Ok(config)
+    }
+
+    /// Fails for sizes that make no model.
+    ///
+    /// # Errors
+    /// [`InvalidConfig`](rlhf_core::Error::InvalidConfig), naming the field.
+    pub fn validate(&self) -> Result<()> {
+        check_sizes(&[
+            ("vocab_size", self.vocab_size),
+            ("max_position_embeddings", self.max_position_embeddings),
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("num_hidden_layers", self.num_hidden_layers),
+            ("num_attention_heads", self.num_attention_heads),
+            ("num_key_value_heads", self.num_key_value_heads),
+            ("head_dim", self.head_dim),
+        ])?;
+        if self.num_attention_heads % self.num_key_value_heads != 0 {
+            let (heads, reason) = (
+                self.num_key_value_heads,
+                "it must divide num_attention_heads",
+            );
+            return Err(rlhf_core::Error::config(
+                "num_key_value_heads",
+                heads,
+                reason,
+            ));
+        }
+        if self.head_dim % 2 != 0 {
+            let reason = "rotary positions turn pairs of dimensions";
+            return Err(rlhf_core::Error::config("head_dim", self.head_dim, reason));
+        }
+        Ok(())
     }
 
     pub(crate) fn to_json(&self) -> Map<String, Value> {

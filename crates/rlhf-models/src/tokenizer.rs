@@ -76,45 +76,59 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
+    /// Special tokens by name, from the first file that knows them; old folders have them in
+    /// `special_tokens_map.json`, or as ids in the model's config only.
     fn read_settings(&mut self, dir: &Path) -> Result<()> {
-        let has = |name: &str| dir.join(name).exists();
-        let mut texts = [None, None, None];
-        let mut template = None;
-        if has("tokenizer_config.json") {
-            let fields = Fields::read(&dir.join("tokenizer_config.json"))?;
-            for (text, name) in texts
-                .iter_mut()
-                .zip(["bos_token", "eos_token", "pad_token"])
-            {
-                *text = fields.get::<SpecialToken>(name)?.map(SpecialToken::text);
-            }
-            let templates: Option<Templates> = fields.get("chat_template")?;
-            template = templates.and_then(Templates::default_one);
-        }
-        let path = dir.join("chat_template.jinja");
-        if path.exists() {
-            template = Some(std::fs::read_to_string(&path).map_err(Error::io("reading", &path))?);
-        }
-        let id = |text: &Option<String>| {
-            let id = self.inner.token_to_id(text.as_deref()?)?;
-            Some(i64::from(id))
+        let read = |name: &str| -> Result<Option<Fields>> {
+            let path = dir.join(name);
+            path.exists().then(|| Fields::read(&path)).transpose()
         };
-        [self.bos, self.eos, self.pad] = [id(&texts[0]), id(&texts[1]), id(&texts[2])];
+        let settings = read("tokenizer_config.json")?;
+        let map = read("special_tokens_map.json")?;
+        let model = read("config.json")?;
+        let id = |token: &str| -> Result<Option<i64>> {
+            for fields in [&settings, &map].into_iter().flatten() {
+                let text = fields.get::<SpecialToken>(token)?.map(SpecialToken::text);
+                if let Some(id) = text.and_then(|text| self.inner.token_to_id(&text)) {
+                    return Ok(Some(id.into()));
+                }
+            }
+            let ids = match &model {
+                Some(model) => model.get::<OneOrMany>(&format!("{token}_id"))?,
+                None => None,
+            };
+            let ids = ids.map_or_else(Vec::new, Vec::from);
+            Ok(ids.into_iter().find(|&id| self.text_of(id).is_some()))
+        };
+        [self.bos, self.eos, self.pad] = [id("bos_token")?, id("eos_token")?, id("pad_token")?];
         self.stop.extend(self.eos);
-        if has("generation_config.json") {
-            let fields = Fields::read(&dir.join("generation_config.json"))?;
-            let ids: Option<OneOrMany> = fields.get("eos_token_id")?;
+        if let Some(generation) = read("generation_config.json")? {
+            let ids: Option<OneOrMany> = generation.get("eos_token_id")?;
             for id in ids.map_or_else(Vec::new, Vec::from) {
                 if !self.stop.contains(&id) {
                     self.stop.push(id);
                 }
             }
         }
-        self.template = match template {
-            Some(source) => Some(ChatTemplate::new(source, texts)?),
+        let path = dir.join("chat_template.jinja");
+        let template = match &settings {
+            _ if path.exists() => {
+                Some(std::fs::read_to_string(&path).map_err(Error::io("reading", &path))?)
+            }
+            Some(settings) => settings
+                .get::<Templates>("chat_template")?
+                .and_then(Templates::default_one),
             None => None,
         };
+        if let Some(source) = template {
+            let special = [self.bos, self.eos, self.pad].map(|id| self.text_of(id?));
+            self.template = Some(ChatTemplate::new(source, special)?);
+        }
         Ok(())
+    }
+
+    fn text_of(&self, id: i64) -> Option<String> {
+        self.inner.id_to_token(id.try_into().ok()?)
     }
 
     /// The ids of a text, with no special tokens added. Special tokens that the text spells out

@@ -110,6 +110,24 @@ fn stop_tokens_come_from_the_generation_config_too() {
 }
 
 #[test]
+fn special_tokens_of_old_folders() {
+    let ids = |files: &[(&str, &str)]| {
+        let tokenizer = Tokenizer::from_dir(folder(files).path()).unwrap();
+        (tokenizer.bos_token_id(), tokenizer.eos_token_id())
+    };
+    let none = ("tokenizer_config.json", "{}");
+    assert_eq!(ids(&[none]), (None, None));
+    let map = r#"{"eos_token": {"content": "<|pad|>", "lstrip": false}}"#;
+    let model = r#"{"bos_token_id": 0, "eos_token_id": 0}"#;
+    let files = [
+        none,
+        ("special_tokens_map.json", map),
+        ("config.json", model),
+    ];
+    assert_eq!(ids(&files), (Some(0), Some(1)));
+}
+
+#[test]
 fn a_tokenizer_must_fit_its_model() {
     let tokenizer = Tokenizer::from_dir(dir("chatml")).unwrap();
     let mut config = ModelConfig::from_dir(model_dir("gpt2")).unwrap();
