@@ -142,8 +142,8 @@ impl Updater {
     /// `parameters.safetensors`, `optimizer.safetensors` and `updater.json` in `dir`, which is made
     /// if need be.
     ///
-    /// Each file is replaced atomically; for the three together use
-    /// a checkpoint store, which moves a whole folder into place.
+    /// Each file is replaced atomically; for the three together use a
+    /// [`CheckpointStore`](rlhf_core::CheckpointStore), which moves a whole folder into place.
     ///
     /// # Errors
     /// If a file cannot be written.

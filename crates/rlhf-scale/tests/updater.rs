@@ -5,7 +5,7 @@ use std::path::Path;
 
 use rlhf_scale::{
     AdamW, AdamWConfig, DecayRule, Error, Schedule, TensorProblem, UpdateConfig, UpdateStats,
-    Updater, io, set_grad,
+    Updater, clear_grads, clip_grad_norm, io, set_grad,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -539,4 +539,47 @@ fn weight_decay_follows_the_rule() {
     assert_eq!(decayed(DecayRule::Vectors), [true, false]);
     assert_eq!(decayed(DecayRule::Nothing), [true, true]);
     assert_eq!(decayed(DecayRule::Everything), [false, false]);
+}
+
+#[test]
+fn an_update_is_backward_clip_step_and_schedule() {
+    let (net, by_hand) = (Net::new(Kind::Float), Net::new(Kind::Float));
+    let config = config();
+    let mut updater = Updater::new(net.aliases(), &config).unwrap();
+    let mut params = by_hand.aliases();
+    params.sort_by(|a, b| a.0.cmp(&b.0));
+    let tensors: Vec<Tensor> = params.iter().map(|(_, t)| t.shallow_clone()).collect();
+    let mut optimizer = AdamW::new(params, &config.optimizer).unwrap();
+    for step in 0..5 {
+        let stats = train(&net, &mut updater, 1);
+        by_hand.loss(step, 0, 8).backward();
+        let norm = clip_grad_norm(&tensors, config.max_grad_norm.unwrap()).unwrap();
+        let factor = config.schedule.factor(step);
+        optimizer.step(factor).unwrap();
+        clear_grads(&tensors).unwrap();
+        assert_eq!(
+            (stats.grad_norm, stats.lr),
+            (norm, config.optimizer.lr * factor)
+        );
+        assert_eq!(net.bytes(), by_hand.bytes(), "step {step}");
+    }
+}
+
+#[test]
+fn the_learning_rate_factor_scales_the_step() {
+    let moved = |factor: f64| {
+        let weight = Tensor::zeros([1], (Kind::Float, CPU)).set_requires_grad(true);
+        set_grad(&weight, Some(&weight.ones_like())).unwrap();
+        let params = vec![("w".to_string(), weight.shallow_clone())];
+        let config = AdamWConfig {
+            lr: 0.5,
+            ..AdamWConfig::default()
+        };
+        AdamW::new(params, &config).unwrap().step(factor).unwrap();
+        weight.double_value(&[0])
+    };
+    // Adam's first step is one learning rate long.
+    assert!((moved(1.0) + 0.5).abs() < 1e-6);
+    assert!((moved(0.25) + 0.125).abs() < 1e-6);
+    assert_eq!(moved(0.0), 0.0);
 }
