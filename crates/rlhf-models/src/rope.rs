@@ -174,3 +174,41 @@ impl Rotation {
         Ok(x.f_mul(&self.cos)?.f_add(&turned.f_mul(&self.sin)?)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Values made by running transformers 5.23; the fourth lies between the two bands.
+    #[test]
+    fn llama3_frequencies() {
+        let config = RopeConfig {
+            theta: 500_000.0,
+            scaling: RopeScaling::Llama3 {
+                factor: 8.0,
+                low_freq_factor: 1.0,
+                high_freq_factor: 4.0,
+                original_max_position_embeddings: 1024.0,
+            },
+        };
+        let expected: [f32; 8] = [
+            1.0,
+            1.939_227_6e-1,
+            3.760_603e-2,
+            1.312_569_5e-3,
+            1.767_766_8e-4,
+            3.428_102_4e-5,
+            6.647_869_7e-6,
+            1.289_173_2e-6,
+        ];
+        for (got, want) in config.frequencies(16).iter().zip(expected) {
+            assert!((got / want - 1.0).abs() < 1e-6, "{got} is not {want}");
+        }
+    }
+
+    #[test]
+    fn linear_scaling_divides_every_frequency() {
+        let scaled = RopeScaling::Linear { factor: 4.0 };
+        assert_eq!(scaled.apply(0.5), 0.125);
+    }
+}
