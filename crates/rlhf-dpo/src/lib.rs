@@ -1,10 +1,64 @@
 //! Preference optimisation without a reward model: DPO and its family.
+//!
+//! [`DpoTrainer`] trains any [`Policy`](core::Policy) on comparisons, held to a reference by one of
+//! the losses of [`DpoLoss`]. Here is a bigram model, which is to learn that after 0 people prefer
+//! 1 to 2:
+//!
+//! ```
+//! use rlhf_dpo::core::{EpochConfig, PaddedBatch, Parameters, Policy, Preference, Result};
+//! use rlhf_dpo::tch::{Device, Kind, Tensor};
+//! use rlhf_dpo::{DpoConfig, DpoTrainer};
+//!
+//! struct Bigram {
+//!     table: Tensor, // [V, V]
+//! }
+//!
+//! impl Parameters for Bigram {
+//!     fn named_parameters(&self) -> Vec<(String, Tensor)> {
+//!         vec![("table".into(), self.table.shallow_clone())]
+//!     }
+//! }
+//!
+//! impl Policy for Bigram {
+//!     fn logits(&self, batch: &PaddedBatch) -> Result<Tensor> {
+//!         let size = batch.input_ids.size(); // [B, T]
+//!         let rows = self.table.f_index_select(0, &batch.input_ids.view(-1))?;
+//!         Ok(rows.view([size[0], size[1], -1])) // [B, T, V]
+//!     }
+//! }
+//!
+//! let table = Tensor::zeros([3, 3], (Kind::Float, Device::Cpu));
+//! let reference = Bigram { table: table.copy() };
+//! let policy = Bigram { table: table.set_requires_grad(true) };
+//! let mut config = DpoConfig::default();
+//! config.update.optimizer.lr = 0.1;
+//! let mut trainer = DpoTrainer::new(policy, Box::new(reference), config)?;
+//!
+//! let pairs: Vec<_> = (0..64).map(|_| Preference::new([0], [1], [2])).collect();
+//! let before = trainer.evaluate(&pairs)?;
+//! assert_eq!((before.accuracy, before.margin), (0.0, 0.0)); // the policy is the reference
+//! trainer.train(&pairs, &EpochConfig::default(), &mut [])?;
+//! let after = trainer.evaluate(&pairs)?;
+//! assert!(after.accuracy == 1.0 && after.margin > 0.1);
+//! # Ok::<(), rlhf_dpo::Error>(())
+//! ```
+//!
+//! # Which crate do I need?
+//!
+//! This one to learn from comparisons alone; `rlhf-reward` and `rlhf-ppo` to train a judge on them
+//! first; `rlhf-sft` before either. `rlhf-models` has policies made from Hugging Face checkpoints.
 
 mod error;
 mod loss;
+mod metrics;
+mod reference;
+mod trainer;
 
 pub use error::{Error, Result};
-pub use loss::{Divergence, DpoInputs, DpoLoss, DpoOutput, RewardMetrics, dpo_loss};
+pub use loss::{Divergence, DpoInputs, DpoLoss, DpoOutput, dpo_loss};
+pub use metrics::{RewardMetrics, reward_metrics};
+pub use reference::{ScoredPreference, score_preferences};
+pub use trainer::{DpoConfig, DpoEvaluation, DpoTrainer};
 
 pub use rlhf_core as core;
 pub use rlhf_scale as scale;

@@ -2,7 +2,7 @@
 
 use rlhf_core::{Error as CoreError, check_same_shape};
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::Result;
 
@@ -281,33 +281,4 @@ fn check_inputs(inputs: &DpoInputs<'_>) -> Result<()> {
         .into());
     }
     Ok(())
-}
-
-/// How far apart the implicit rewards of both sides are.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct RewardMetrics {
-    /// Share of pairs whose chosen reward is strictly above the rejected one.
-    pub accuracy: f64,
-    /// Mean of chosen minus rejected reward.
-    pub margin: f64,
-    /// Mean reward of the chosen responses.
-    pub chosen: f64,
-    /// Mean reward of the rejected responses.
-    pub rejected: f64,
-}
-
-impl RewardMetrics {
-    /// Over all pairs of `chosen` and `rejected`, `[B]` each, not empty.
-    pub(crate) fn of(chosen: &Tensor, rejected: &Tensor) -> rlhf_core::Result<Self> {
-        let above = chosen.gt_tensor(rejected).to_kind(Kind::Float);
-        let means = Tensor::stack(&[&above, chosen, rejected], 0).to_kind(Kind::Double);
-        let means = means.mean_dim([1i64].as_slice(), false, Kind::Double);
-        let means = Vec::<f64>::try_from(means)?;
-        Ok(Self {
-            accuracy: means[0],
-            margin: means[1] - means[2],
-            chosen: means[1],
-            rejected: means[2],
-        })
-    }
 }
