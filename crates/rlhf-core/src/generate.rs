@@ -87,7 +87,7 @@ impl GenerationConfig {
 /// # Errors
 /// Before anything is computed: [`GenerationConfig::validate`], [`Error::Empty`] without
 /// prompts, [`Error::EmptyPrompt`], and [`Error::TooLong`] for a prompt that leaves no room for a
-/// token (rows count prompts). Later: [`Error::NonFinite`] where a model's logits are not finite
+/// token, which its length includes (rows count prompts). Later: [`Error::NonFinite`] where a model's logits are not finite
 /// (rows count completions), and the model's own.
 pub fn generate(
     policy: &(impl Policy + ?Sized),
@@ -153,10 +153,16 @@ fn check_prompts(prompts: &[Arc<[i64]>], max_length: Option<usize>) -> Result<()
         .iter()
         .map(|prompt| Sequence::new(prompt.clone(), []))
         .collect();
-    let batch = SequenceBatch::new(alone)?;
-    match max_length {
-        // One token less than the window: the first response token needs a place.
-        Some(max_length) => batch.check_length(max_length.saturating_sub(1)),
+    SequenceBatch::new(alone)?;
+    let Some(max_length) = max_length else {
+        return Ok(());
+    };
+    match prompts.iter().position(|p| p.len() >= max_length) {
+        Some(row) => Err(Error::TooLong {
+            row,
+            length: prompts[row].len() + 1,
+            max_length,
+        }),
         None => Ok(()),
     }
 }

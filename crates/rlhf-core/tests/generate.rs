@@ -240,8 +240,8 @@ fn responses_end_where_the_context_window_does() {
         error,
         Error::TooLong {
             row: 1,
-            length: 4,
-            ..
+            length: 5,
+            max_length: 4
         }
     ));
 }
