@@ -155,7 +155,7 @@ fn a_run_killed_at_any_moment_ends_with_the_same_weights_and_metrics() {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        std::thread::sleep(Duration::from_millis(17 * attempt));
+        std::thread::sleep(Duration::from_millis(40 * attempt));
         let finished = child.try_wait().unwrap();
         if let Some(status) = finished {
             assert!(status.success(), "a resumed run failed");

@@ -44,7 +44,12 @@ fn replace(path: &Path, from: &str, to: &str) {
 
 #[test]
 fn texts_are_written_and_judged() {
-    let system = system();
+    let short = GenerationConfig {
+        max_new_tokens: 8,
+        sampling: SamplingConfig::greedy(),
+        ..GenerationConfig::default()
+    };
+    let system = system().with_generation(short).unwrap();
     let prompt = "The quick brown fox";
     let text = system.generate_text(prompt).unwrap();
     assert!(!text.is_empty());

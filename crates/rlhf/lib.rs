@@ -16,7 +16,11 @@
 //! let system = RlhfSystem::from_pretrained(
 //!     "tests/goldens/models/gpt2",
 //!     "tests/goldens/models/gpt2_rm",
-//! )?;
+//! )?
+//! .with_generation(GenerationConfig {
+//!     max_new_tokens: 8,
+//!     ..GenerationConfig::default()
+//! })?;
 //! let prompt = "The quick brown fox";
 //! let answer = system.generate_text(prompt)?;
 //! let reward = system.get_reward_for(prompt, &answer)?;
