@@ -1,4 +1,105 @@
-//! Proximal policy optimisation with constraints.
+//! Proximal policy optimisation for language models: a policy writes responses, a reward model
+//! scores them, and clipped gradient steps make good ones likelier, while a KL penalty holds the
+//! policy to its reference.
+//!
+//! This crate knows no model. It trains anything that implements
+//! [`Policy`](rlhf_core::Policy) and [`ValueModel`](rlhf_core::ValueModel), of which `rlhf-models`
+//! has transformers in Hugging Face's format; below is one of one's own.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use rlhf_ppo::core::{PaddedBatch, Parameters, Policy, Result, SequenceBatch, ValueModel, reward_fn};
+//! use rlhf_ppo::tch::{Device, Kind, Tensor};
+//! use rlhf_ppo::{MissingEos, PpoConfig, PpoTrainer};
+//!
+//! /// Logits of the next token that depend on the last one: a table `[V, V]`.
+//! struct Bigram(Tensor);
+//!
+//! impl Parameters for Bigram {
+//!     fn named_parameters(&self) -> Vec<(String, Tensor)> {
+//!         vec![("table".into(), self.0.shallow_clone())]
+//!     }
+//! }
+//!
+//! impl Policy for Bigram {
+//!     fn logits(&self, batch: &PaddedBatch) -> Result<Tensor> {
+//!         let size = batch.input_ids.size();
+//!         let logits = self.0.f_index_select(0, &batch.input_ids.view(-1))?;
+//!         Ok(logits.view([size[0], size[1], -1]))
+//!     }
+//! }
+//!
+//! /// One learnt number as the value of every state.
+//! struct Baseline(Tensor);
+//!
+//! impl Parameters for Baseline {
+//!     fn named_parameters(&self) -> Vec<(String, Tensor)> {
+//!         vec![("value".into(), self.0.shallow_clone())]
+//!     }
+//! }
+//!
+//! impl ValueModel for Baseline {
+//!     fn values(&self, batch: &SequenceBatch) -> Result<Tensor> {
+//!         let size = [batch.len() as i64, batch.max_response_len() as i64 + 1];
+//!         Ok(self.0.f_expand(size, false)?)
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), rlhf_ppo::Error> {
+//! let zeros = |size: &[i64]| Tensor::zeros(size, (Kind::Float, Device::Cpu));
+//! let mut config = PpoConfig {
+//!     batch_size: 16,
+//!     missing_eos: MissingEos::Keep, // this model has no stop token
+//!     ..PpoConfig::default()
+//! };
+//! config.generation.max_new_tokens = 8;
+//! config.update.optimizer.lr = 0.05;
+//!
+//! let mut trainer = PpoTrainer::new(
+//!     config,
+//!     Bigram(zeros(&[4, 4]).set_requires_grad(true)),
+//!     Baseline(zeros(&[1]).set_requires_grad(true)),
+//!     Bigram(zeros(&[4, 4])), // the reference
+//!     reward_fn(|_prompt, response| response.matches('d').count() as f64),
+//! )?
+//! .with_detokenizer(|ids: &[i64]| Ok(ids.iter().map(|&id| char::from(b'a' + id as u8)).collect()));
+//!
+//! let prompts: Vec<Arc<[i64]>> = (0..16).map(|i| Arc::from([i % 4])).collect();
+//! let first = trainer.step(&prompts)?;
+//! trainer.train(&prompts, 20, &mut [])?;
+//! let last = trainer.step(&prompts)?;
+//! assert!(last.get("ppo/score/mean") > first.get("ppo/score/mean"));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Where to look
+//!
+//! - [`PpoTrainer`]: `train`, `step`, or `rollout` and `update`; its source is the algorithm from
+//!   top to bottom.
+//! - [`PpoConfig`]: the options, with the values of the N+ details paper and of TRL.
+//! - [`Constraint`]: completions that must not be learnt from.
+//! - The pieces, for an algorithm of one's own: [`KlEstimator`], [`shaped_rewards`], [`gae`],
+//!   [`Whitening`], [`policy_loss`], [`value_loss`], [`KlController`], [`MissingEos`],
+//!   [`truncate_after_stop`].
+//!
+//! # What a step reports
+//!
+//! | metric | meaning |
+//! |---|---|
+//! | `ppo/score/mean`, `ppo/score/std` | what the reward model said |
+//! | `ppo/reward/mean` | score, clipped and after the missing-EOS rule, less the KL penalty |
+//! | `ppo/kl` | estimated KL from the reference, nats **per sequence** |
+//! | `ppo/kl_coef` | coefficient of the penalty in this step |
+//! | `ppo/length`, `ppo/finished` | mean response length; share that wrote a stop token |
+//! | `ppo/samples`, `ppo/samples_used` | responses; those that keep all constraints |
+//! | `ppo/constraint/NAME/violation_rate`, `…/mean_cost` | share above the threshold; mean cost |
+//! | `ppo/policy/loss`, `…/approx_kl`, `…/clipfrac`, `…/entropy`, `…/ratio`, `…/ratio_var` | see [`MinibatchStats`]; means over the step's minibatches |
+//! | `ppo/value/loss`, `…/clipfrac` | the same |
+//! | `ppo/value/explained_variance` | `1 − Var(returns − values) / Var(returns)` before the update |
+//! | `ppo/loss`, `ppo/grad_norm`, `ppo/lr` | joined loss, norm before clipping, last learning rate |
+//! | `ppo/update_skipped` | 1 where no sample was left to learn from: the losses are missing then |
+//! | `ppo/time/rollout_s`, `ppo/time/update_s` | seconds, the only numbers that differ from run to run |
 
 mod advantages;
 mod config;
