@@ -131,6 +131,14 @@ fn equal_seeds_give_equal_bytes_and_others_do_not() {
 }
 
 #[test]
+fn no_random_number_is_used_twice() {
+    let mut trainer = trainer(config());
+    let first = trainer.rollout(&prompts()).unwrap();
+    let second = trainer.rollout(&prompts()).unwrap();
+    assert_ne!(first.completions.batch, second.completions.batch);
+}
+
+#[test]
 fn the_split_into_microbatches_changes_nothing() {
     let run = |microbatch_size| {
         let mut trainer = trainer(PpoConfig {
