@@ -185,15 +185,8 @@ impl<P: Policy> DpoTrainer<P> {
             .map(|part| Judged::of(&self.model, part, &self.config, denominator))
             .collect::<Result<Vec<_>>>()?;
         let judged = Judged::cat(&parts);
+        check_finite(&judged.chosen_logprobs, &judged.rejected_logprobs)?;
         let loss = f64::try_from(&judged.loss).map_err(CoreError::from)?;
-        if !loss.is_finite() {
-            return Err(CoreError::NonFinite {
-                what: "mean loss of the batch that starts",
-                row: 0,
-                value: loss,
-            }
-            .into());
-        }
         let rewards = reward_metrics(&judged.chosen_rewards, &judged.rejected_rewards)?;
         Ok(DpoEvaluation {
             loss,
@@ -266,6 +259,20 @@ fn total_weight(pairs: &[ScoredPreference]) -> Result<f64> {
     }
     let reason = "the weights of a batch must add up to a positive number";
     Err(CoreError::config("the sum of the pairs' weights", total, reason).into())
+}
+
+fn check_finite(chosen: &Tensor, rejected: &Tensor) -> Result<()> {
+    for (what, side) in [
+        ("log-probability of the chosen response", chosen),
+        ("log-probability of the rejected response", rejected),
+    ] {
+        let side = Vec::<f64>::try_from(side).map_err(CoreError::from)?;
+        if let Some(row) = side.iter().position(|value| !value.is_finite()) {
+            let value = side[row];
+            return Err(CoreError::NonFinite { what, row, value }.into());
+        }
+    }
+    Ok(())
 }
 
 /// Some pairs under the policy: their part of the loss (a scalar), and `[B]` tensors.

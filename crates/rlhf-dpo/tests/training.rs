@@ -52,6 +52,20 @@ fn the_split_into_microbatches_does_not_matter() {
 }
 
 #[test]
+fn a_weight_of_2_is_as_good_as_the_pair_twice() {
+    let mut twice = pairs();
+    twice.iter_mut().for_each(|p| p.weight = 1.0);
+    let mut weighted = twice.clone();
+    weighted[4].weight = 2.0;
+    twice.push(twice[4].clone());
+    let loss = |pairs: Vec<Preference>| {
+        let stats = trainer(20).step(&PreferenceBatch::new(pairs).unwrap());
+        stats.unwrap().get("dpo/loss").unwrap()
+    };
+    assert!((loss(weighted) - loss(twice)).abs() < 1e-6);
+}
+
+#[test]
 fn a_dataset_is_scored_once() {
     let mut live = trainer(4);
     for pairs in pairs().chunks(4) {
@@ -138,9 +152,10 @@ fn a_failed_step_changes_nothing() {
     let before = trainer.model().bits();
     assert!(matches!(trainer.step(&good), Err(Error::Scale(_))));
     assert_eq!(before, trainer.model().bits());
+    let rows = [2, 2, 1].map(|prompt| Preference::new([prompt], [3], [4]));
     assert!(matches!(
-        trainer.evaluate(&pairs()),
-        Err(Error::Core(CoreError::NonFinite { .. }))
+        trainer.evaluate(&rows),
+        Err(Error::Core(CoreError::NonFinite { row: 2, .. }))
     ));
 }
 

@@ -127,24 +127,17 @@ impl<S: Scorer> LabelTrainer<S> {
     /// Loss and accuracy on `data`.
     ///
     /// # Errors
-    /// No texts; a loss that is not finite; those of the model.
+    /// No texts; a score that is not finite; those of the model.
     pub fn evaluate(&self, data: &[Labelled]) -> Result<LabelEvaluation> {
         let _no_grad = tch::no_grad_guard();
         let batch = LabelledBatch::new(data.to_vec())?;
-        let (mut losses, mut correct) = (0.0, Vec::new());
-        for (row, part) in batch.split(self.config.microbatch_size)?.iter().enumerate() {
-            let judged = Judged::of(&self.model, part, data.len() as f64)?;
-            let loss = f64::try_from(&judged.loss).map_err(CoreError::from)?;
-            if !loss.is_finite() {
-                return Err(CoreError::NonFinite {
-                    what: "loss of a microbatch",
-                    row,
-                    value: loss,
-                }
-                .into());
-            }
-            losses += loss;
+        let (mut losses, mut correct, mut row) = (0.0, Vec::new(), 0);
+        for part in batch.split(self.config.microbatch_size)? {
+            let judged = Judged::of(&self.model, &part, data.len() as f64)?;
+            judged.check_finite(row)?;
+            losses += f64::try_from(&judged.loss).map_err(CoreError::from)?;
             correct.extend(judged.correct);
+            row += part.len();
         }
         Ok(LabelEvaluation {
             loss: losses,
@@ -208,6 +201,8 @@ impl<S: Scorer> EpochTrainer for LabelTrainer<S> {
 /// so that it need not be waited for).
 struct Judged {
     loss: Tensor,
+    /// `[B, num_labels]`, without gradient.
+    logits: Tensor,
     correct: Option<Tensor>,
 }
 
@@ -220,6 +215,7 @@ impl Judged {
                 let right = logits.detach().argmax(-1, false).eq_tensor(&classes);
                 Ok(Self {
                     loss,
+                    logits: logits.detach(),
                     correct: Some(right.sum(Kind::Double)),
                 })
             }
@@ -233,9 +229,27 @@ impl Judged {
                 }
                 Ok(Self {
                     loss: regression_loss(&logits.squeeze_dim(1), &scores, texts)?,
+                    logits: logits.detach(),
                     correct: None,
                 })
             }
+        }
+    }
+
+    /// Fails for a text whose logits are not finite; `first_row` is where the microbatch starts.
+    fn check_finite(&self, first_row: usize) -> Result<()> {
+        let sums = self
+            .logits
+            .sum_dim_intlist([1i64].as_slice(), false, Kind::Double);
+        let sums = Vec::<f64>::try_from(sums).map_err(CoreError::from)?;
+        match sums.iter().position(|sum| !sum.is_finite()) {
+            Some(row) => Err(CoreError::NonFinite {
+                what: "score",
+                row: first_row + row,
+                value: sums[row],
+            }
+            .into()),
+            None => Ok(()),
         }
     }
 }

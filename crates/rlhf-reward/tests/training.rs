@@ -283,3 +283,19 @@ fn labels_may_be_split_and_must_fit_the_model() {
     let scores = LabelledBatch::new(labelled(|_| Label::Score(0.0))).unwrap();
     assert!(matches!(whole.step(&scores), Err(Error::NotAReward { .. })));
 }
+
+#[test]
+fn a_text_without_a_finite_score_is_named() {
+    let trainer = label_trainer(3, 2);
+    {
+        let _no_grad = rlhf_reward::tch::no_grad_guard();
+        let _ = trainer.model().0.get(4).fill_(f64::NAN);
+    }
+    assert!(matches!(
+        trainer.evaluate(&labelled(|i| Label::Class(i % 3))),
+        Err(Error::Core(rlhf_reward::core::Error::NonFinite {
+            row: 4,
+            ..
+        }))
+    ));
+}

@@ -154,26 +154,29 @@ impl<P: Policy> SftTrainer<P> {
     /// Cross-entropy and perplexity of the responses of `data`; prompts never count.
     ///
     /// # Errors
-    /// No response tokens; a loss that is not finite; those of the model.
+    /// No response tokens; a log-probability that is not finite; those of the model.
     pub fn evaluate(&self, data: &[Sequence]) -> Result<SftEvaluation> {
         let _no_grad = tch::no_grad_guard();
         let batch = SequenceBatch::new(data.to_vec())?;
         check_responses(&batch)?;
         let tokens = batch.response_tokens();
         let mut sum = 0.0;
-        for (row, part) in (0..).zip(batch.split(self.config.microbatch_size)?) {
-            let scored = self.model.logprobs(&part, &LogprobOptions::default())?;
-            let part_sum = scored.logprobs.sum(Kind::Double); // 0 where masked
-            let part_sum = f64::try_from(part_sum).map_err(CoreError::from)?;
-            if !part_sum.is_finite() {
-                return Err(CoreError::NonFinite {
-                    what: "log-probability of the microbatch",
-                    row: row * self.config.microbatch_size,
-                    value: part_sum,
+        let mut row = 0;
+        for part in batch.split(self.config.microbatch_size)? {
+            let logprobs = self
+                .model
+                .logprobs(&part, &LogprobOptions::default())?
+                .logprobs;
+            // Masked tokens are 0.
+            let sums = logprobs.sum_dim_intlist([1i64].as_slice(), false, Kind::Double);
+            for value in Vec::<f64>::try_from(sums).map_err(CoreError::from)? {
+                if !value.is_finite() {
+                    let what = "log-probability of the response";
+                    return Err(CoreError::NonFinite { what, row, value }.into());
                 }
-                .into());
+                sum += value;
+                row += 1;
             }
-            sum += part_sum;
         }
         let loss = -sum / tokens as f64;
         Ok(SftEvaluation {

@@ -120,9 +120,10 @@ fn a_failed_step_changes_nothing() {
     let batch = SequenceBatch::new(data()).unwrap();
     assert!(matches!(trainer.step(&batch), Err(Error::Scale(_))));
     assert_eq!(before, trainer.model().bits());
+    let rows = [[2, 3], [2, 3], [1, 3]].map(|[p, r]| Sequence::new([p], [r]));
     assert!(matches!(
-        trainer.evaluate(&data()),
-        Err(Error::Core(CoreError::NonFinite { .. }))
+        trainer.evaluate(&rows),
+        Err(Error::Core(CoreError::NonFinite { row: 2, .. }))
     ));
 }
 
