@@ -229,9 +229,10 @@ mod tests {
 
     #[test]
     fn errors_name_the_field() {
+        type BreakIt = fn(&mut PpoConfig);
         valid().validate().unwrap();
         PpoConfig::trl().validate().unwrap();
-        let broken: [(&str, fn(&mut PpoConfig)); 8] = [
+        let broken: [(&str, BreakIt); 8] = [
             ("minibatches", |c| c.minibatches = 0),
             ("cliprange ", |c| c.cliprange = 0.0),
             ("gamma", |c| c.gamma = 1.1),

@@ -8,7 +8,7 @@ mod common;
 use common::{Golden, assert_close, assert_number, model_dir, number};
 use rlhf_models::{CausalLm, LoadOptions, SequenceClassifier, ValueHeadModel};
 use rlhf_ppo::core::{
-    Completions, Device, FinishReason, LogprobOptions, Policy, Sequence, SequenceBatch,
+    Completions, Device, FinishReason, LogprobOptions, Policy, RewardModel, Sequence, SequenceBatch,
 };
 use rlhf_ppo::tch::{Kind, Tensor};
 use rlhf_ppo::{
@@ -82,26 +82,17 @@ impl Case {
         };
         PpoTrainer::new(
             self.config(),
-            CausalLm::from_pretrained(&dir("policy"), &options).unwrap(),
-            ValueHeadModel::from_pretrained(&dir("value"), &options).unwrap(),
-            CausalLm::from_pretrained(&dir("ref"), &options).unwrap(),
-            SequenceClassifier::from_pretrained(&dir("reward"), &options).unwrap(),
+            CausalLm::from_pretrained(dir("policy"), &options).unwrap(),
+            ValueHeadModel::from_pretrained(dir("value"), &options).unwrap(),
+            CausalLm::from_pretrained(dir("ref"), &options).unwrap(),
+            SequenceClassifier::from_pretrained(dir("reward"), &options).unwrap(),
         )
         .unwrap()
     }
 
     /// Prompts are padded on the left; the model wrote on after its stop tokens.
     fn sequences(&self) -> Vec<Sequence> {
-        let rows =
-            |name: &str| -> Vec<Vec<i64>> { Vec::try_from(self.golden.tensor(name)).unwrap() };
-        let prompts = rows("queries").into_iter().map(|row| {
-            let start = row.iter().position(|&id| id != self.pad).unwrap();
-            row[start..].to_vec()
-        });
-        prompts
-            .zip(rows("stage/responses"))
-            .map(|(prompt, response)| Sequence::new(prompt, response))
-            .collect()
+        sequences(&self.golden, self.pad, "stage/responses")
     }
 
     fn completions(&self) -> Completions {
@@ -303,6 +294,18 @@ impl Case {
     }
 }
 
+fn sequences(golden: &Golden, pad: i64, responses: &str) -> Vec<Sequence> {
+    let rows = |name: &str| -> Vec<Vec<i64>> { Vec::try_from(golden.tensor(name)).unwrap() };
+    let prompts = rows("queries").into_iter().map(|row| {
+        let start = row.iter().position(|&id| id != pad).unwrap();
+        row[start..].to_vec()
+    });
+    prompts
+        .zip(rows(responses))
+        .map(|(prompt, response)| Sequence::new(prompt, response))
+        .collect()
+}
+
 fn tokens_of(rollout: &Rollout, rows: &[usize]) -> f64 {
     let sequences = rollout.completions.batch.sequences();
     rows.iter()
@@ -319,4 +322,20 @@ fn gpt2_with_k3_and_a_missing_eos_penalty() {
 #[test]
 fn llama_with_k1_and_a_temperature() {
     Case::load("e2e_llama_k1").run();
+}
+
+#[test]
+fn scores_are_read_at_the_last_token_that_is_kept() {
+    let golden = Golden::load("get_reward");
+    let number = |name: &str| golden.json["params"][name].as_i64().unwrap();
+    let (eos, pad) = (number("eos_token_id"), number("pad_token_id"));
+    let mut sequences = sequences(&golden, pad, "responses");
+    for sequence in &mut sequences {
+        truncate_after_stop(&mut sequence.response, &[eos]);
+    }
+    let model = model_dir(golden.json["params"]["model"].as_str().unwrap());
+    let reward = SequenceClassifier::from_pretrained(model, &LoadOptions::default()).unwrap();
+    let completions = Completions::written(SequenceBatch::new(sequences).unwrap());
+    let scores = reward.score(&completions).unwrap();
+    golden.close("scores", &scores, &golden.tensor("final_rewards"));
 }
