@@ -79,7 +79,7 @@ impl Default for PpoConfig {
 
 impl PpoConfig {
     /// Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO" (arXiv 2403.17031,
-    /// table 3 and its released code): batches of 512 prompts, 53 tokens at temperature 0.7,
+    /// and its released code): batches of 512 prompts, 53 tokens at temperature 0.7,
     /// score −1 without EOS, population variance in whitening, AdamW with epsilon 1e-5, no
     /// gradient clipping. Its learning rate of 3e-6 falls to 0 in a straight line: see
     /// [`annealed`](Self::annealed), which needs to know the length of the run.
@@ -124,8 +124,8 @@ impl PpoConfig {
         }
     }
 
-    /// The defaults of `PPOTrainer` in TRL 1.12 (`trl/experimental/ppo`): as
-    /// [`n_plus`](Self::n_plus), but with the sample variance in whitening, scores that stand
+    /// The arithmetic of `PPOTrainer` in TRL 1.12 (`trl/experimental/ppo`) at its defaults, which
+    /// this crate's tests hold to its numbers: as [`n_plus`](Self::n_plus), but with the sample variance in whitening, scores that stand
     /// without EOS (`missing_eos_penalty` is [`MissingEos::Subtract`]), and epsilon 1e-8.
     pub fn trl() -> Self {
         let mut config = Self::n_plus();

@@ -141,3 +141,35 @@ impl MinibatchStats {
         })
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn microbatches_add_up_and_ratios_have_a_variance() {
+        // Ratios 1.5 and 1.5 in one microbatch, 1 in the other: mean 4/3, variance 1/18.
+        let parts = [
+            Tensor::from_slice(&[0.1, 0.2, 0.3, 0.0, 0.5, 3.0 / 3.0, 0.5 / 3.0, 1.0]),
+            Tensor::from_slice(&[0.2, 0.3, 0.4, 0.1, 0.0, 1.0 / 3.0, 0.0, 2.0]),
+        ];
+        let update = rlhf_scale::UpdateStats {
+            loss: 7.0,
+            grad_norm: 8.0,
+            lr: 9.0,
+            step: 1,
+        };
+        let stats = MinibatchStats::new(&parts, &update).unwrap();
+        let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} is not {b}");
+        close(stats.policy_loss, 0.3);
+        close(stats.value_loss, 0.5);
+        close(stats.approx_kl, 0.7);
+        close(stats.policy_clipfrac, 0.1);
+        close(stats.value_clipfrac, 0.5);
+        close(stats.ratio, 4.0 / 3.0);
+        close(stats.ratio_var, 1.0 / 18.0);
+        close(stats.entropy, 3.0);
+        assert_eq!((stats.loss, stats.grad_norm, stats.lr), (7.0, 8.0, 9.0));
+    }
+}

@@ -253,6 +253,36 @@ fn no_e(threshold: f64) -> Constraint {
 }
 
 #[test]
+fn statistics_by_hand() {
+    let mut trainer = trainer(config());
+    let rollout = trainer.evaluate(written()).unwrap();
+    let stats = trainer.update(&rollout).unwrap();
+    for (name, want) in [
+        ("ppo/score/mean", 0.75), // 1, 0, 1, 1
+        ("ppo/score/std", (3.0f64 / 16.0).sqrt()),
+        ("ppo/reward/mean", 0.25), // the last one is unfinished: −1; no KL yet
+        ("ppo/kl", 0.0),
+        ("ppo/kl_coef", 0.05),
+        ("ppo/length", 2.5),
+        ("ppo/finished", 0.75),
+        ("ppo/samples", 4.0),
+        ("ppo/samples_used", 4.0),
+        ("ppo/value/explained_variance", 0.0), // all values are 0
+        ("ppo/lr", 0.05),
+        ("ppo/update_skipped", 0.0),
+    ] {
+        let got = stats.get(name).unwrap();
+        assert!((got - want).abs() < 1e-6, "{name} is {got}, not {want}");
+    }
+    let moved = trainer.evaluate(written()).unwrap();
+    let moved = trainer.update(&moved).unwrap();
+    let [reward, kl, kl_coef] =
+        ["ppo/reward/mean", "ppo/kl", "ppo/kl_coef"].map(|name| moved.get(name).unwrap());
+    assert!(kl.abs() > 1e-3);
+    assert!((reward - (0.25 - kl_coef * kl)).abs() < 1e-6);
+}
+
+#[test]
 fn a_sample_that_breaks_a_constraint_takes_no_part() {
     let one_batch = || PpoConfig {
         minibatches: 1,
