@@ -16,15 +16,17 @@ mod support;
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
 use rlhf::core::{
-    Device, EpochConfig, GenerationConfig, JsonlObserver, Kind, Observer, Preference,
+    Completions, Device, EpochConfig, GenerationConfig, JsonlObserver, Kind, Observer, Preference,
     ProgressObserver, RngStreams, SamplingConfig, constraint_fn, generate, tch,
 };
 use rlhf::models::{CausalLm, LoadOptions, SequenceClassifier, Tokenizer, ValueHeadModel};
-use rlhf::ppo::{Constraint, KlControl, MissingEos, PpoConfig, PpoTrainer, Whitening};
+use rlhf::ppo::{Constraint, KlControl, MissingEos, PpoConfig, PpoTrainer};
 use rlhf::reward::{Normalized, RewardConfig, RewardTrainer};
 use rlhf::scale::{AdamWConfig, Schedule, UpdateConfig};
 use support::curves;
@@ -45,7 +47,7 @@ struct Options {
     /// language model's tokens); without it, one is trained.
     #[arg(long)]
     reward_model: Option<PathBuf>,
-    /// JSONL file with `text` and `summary`; a tenth of it, at most 128 lines, is held out.
+    /// JSONL file with `text` and `summary`; a tenth of it, at most 400 lines, is held out.
     /// Without it, the embedded data.
     #[arg(long)]
     data: Option<PathBuf>,
@@ -85,11 +87,14 @@ struct Options {
     max_new_tokens: usize,
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    support::exit_code(run())
+}
+
+fn run() -> Result<()> {
     let started = Instant::now();
     let options = Options::parse();
     std::fs::create_dir_all(&options.out)?;
-
     let (train, held_out) = read_data(options.data.as_deref())?;
     let load = LoadOptions {
         device: options.device,
@@ -99,155 +104,241 @@ fn main() -> Result<()> {
     let tokenizer = Tokenizer::from_dir(&options.model)?;
     tokenizer.check_fits(reference.config())?;
     let task = SummaryTask::new(tokenizer, options.max_text_tokens)?;
-    let held_out = HeldOut::new(held_out, &task)?;
+    let run = Run {
+        held_out: HeldOut::new(held_out, &task)?,
+        options,
+        load,
+        train,
+        task,
+    };
     println!(
         "{}: {} texts to learn from, {} held out",
-        options.model.display(),
-        train.len(),
-        held_out.pairs.len()
+        run.options.model.display(),
+        run.train.len(),
+        run.held_out.pairs.len()
     );
+    let metrics = run.options.out.join("metrics.jsonl");
+    let mut observers: Vec<Box<dyn Observer>> = vec![
+        Box::new(JsonlObserver::create(&metrics)?),
+        Box::new(ProgressObserver::new(SHOWN)),
+    ];
 
     println!("\n1. Reward model");
-    let (rewarded, accuracy) = reward_model(&options, &load, &reference, &task, &train, &held_out)?;
+    let (reward, accuracy) = run.reward_model(&reference, &mut observers)?;
 
-    println!(
-        "\n2. PPO: {} steps of {} texts",
-        options.steps, options.batch
-    );
-    let mut trainer = ppo_trainer(&options, &task, reference, rewarded)?;
-    let judge = |trainer: &Trainer| -> Result<Evaluation> {
-        let (policy, reference) = (trainer.policy(), trainer.reference());
-        evaluate(
-            policy,
-            reference,
-            trainer.reward_model(),
-            &task,
-            &held_out,
-            &generation(&options, &task),
-        )
-    };
-    let before = judge(&trainer)?;
-    let metrics = options.out.join("metrics.jsonl");
-    let mut observers: Vec<Box<dyn Observer>> = vec![
-        Box::new(JsonlObserver::resume_phase(&metrics, "ppo", 0)?),
-        Box::new(ProgressObserver::new([
-            "ppo/score/mean",
-            "ppo/kl",
-            "ppo/finished",
-            "ppo/policy/clipfrac",
-        ])),
-    ];
-    let prompts = train
-        .iter()
-        .map(|p| task.prompt(&p.text))
-        .collect::<Result<Vec<_>>>()?;
-    trainer.train(&prompts, options.steps, &mut observers)?;
-    let after = judge(&trainer)?;
+    println!("\n2. PPO");
+    let mut trainer = run.ppo_trainer(reference, reward)?;
+    let before = run.judge(&trainer)?;
+    trainer.train(&run.prompts(&run.train)?, run.options.steps, &mut observers)?;
+    let after = run.judge(&trainer)?;
 
     println!("\n3. Held-out texts, before and after");
-    trainer
-        .policy()
-        .save_pretrained(options.out.join("policy"))?;
-    task.tokenizer().save(options.out.join("policy"))?;
-    let panels: [curves::Panel<'_>; 3] = [
-        (
-            "reward (reference: mean 0, deviation 1)",
-            &["ppo/score/mean"],
-        ),
-        ("divergence from the reference, nats a summary", &["ppo/kl"]),
-        ("length, tokens", &["ppo/length"]),
-    ];
-    curves::draw(&metrics, "ppo", &panels, 3, &options.out.join("curves.svg"))?;
     let report = Report::new(&before, &after, accuracy, started.elapsed());
-    std::fs::write(
-        options.out.join("summary.json"),
-        serde_json::to_string_pretty(&report)?,
-    )?;
+    run.save(&trainer, &report, &metrics)?;
     println!("{report}");
-    if options.constraint {
-        let rate = |e: &Evaluation| violation_rate(e, &held_out.pairs);
+    if run.options.constraint {
         println!(
-            "summaries that name what the text does not: {:.0}% before, {:.0}% after\n",
-            rate(&before),
-            rate(&after)
+            "naming what the text does not: {:.0}% of the summaries before, {:.0}% after\n",
+            violation_rate(&before, &run.held_out.pairs),
+            violation_rate(&after, &run.held_out.pairs)
         );
     }
-    print_examples(&held_out.pairs, &before, &after, 5);
+    print_examples(&run.held_out.pairs, &before, &after, 5);
     println!(
-        "\nthe model, curves.svg, metrics.jsonl and summary.json are in {}",
-        options.out.display()
+        "policy, curves.svg, metrics.jsonl and summary.json are in {}",
+        run.options.out.display()
     );
     Ok(())
 }
 
-type Scored = Normalized<SequenceClassifier>;
+/// The metrics of the progress line.
+const SHOWN: [&str; 5] = [
+    "reward/loss",
+    "reward/accuracy",
+    "ppo/score/mean",
+    "ppo/kl",
+    "ppo/finished",
+];
+
+type Reward = Normalized<SequenceClassifier>;
 type Trainer = PpoTrainer<CausalLm, ValueHeadModel>;
 
-/// Loads or trains the reward model and scales its scores: the reference's summaries have mean 0
-/// and deviation 1. Also the share of held-out comparisons that it gets right.
-fn reward_model(
-    options: &Options,
-    load: &LoadOptions,
-    reference: &CausalLm,
-    task: &SummaryTask,
-    train: &[Pair],
-    held_out: &HeldOut,
-) -> Result<(Scored, f64)> {
-    let compare = |pairs: &[Pair], first: u64| comparisons(options, reference, task, pairs, first);
-    let unseen = compare(&held_out.pairs, HELD_OUT_SAMPLES)?;
-    let config = RewardConfig {
-        update: UpdateConfig {
-            optimizer: AdamWConfig {
-                lr: 3e-4,
-                ..AdamWConfig::default()
-            },
-            schedule: Schedule::linear(2, options.comparisons.div_ceil(REWARD_BATCH) as u64),
-            max_grad_norm: Some(1.0),
-        },
-        microbatch_size: REWARD_BATCH,
-        ..RewardConfig::default()
-    };
-    let mut trainer = match &options.reward_model {
-        Some(dir) => RewardTrainer::new(SequenceClassifier::from_pretrained(dir, load)?, config)?,
-        None => RewardTrainer::new(
-            SequenceClassifier::from_causal_lm(reference, 1, options.seed)?,
-            config,
-        )?,
-    };
-    if options.reward_model.is_none() {
-        let pairs = compare(&train[..options.comparisons.min(train.len())], 0)?;
-        let epochs = EpochConfig {
-            batch_size: REWARD_BATCH,
-            seed: options.seed,
-            ..EpochConfig::default()
-        };
-        let mut observers: Vec<Box<dyn Observer>> = vec![
-            Box::new(JsonlObserver::create(options.out.join("metrics.jsonl"))?),
-            Box::new(ProgressObserver::new(["reward/loss", "reward/accuracy"])),
-        ];
-        trainer.train(&pairs, &epochs, &mut observers)?;
-    }
-    let accuracy = trainer.evaluate(&unseen)?.accuracy;
-    println!(
-        "human summary preferred to the model's own: {:.1}% of {} held-out pairs",
-        100.0 * accuracy,
-        unseen.len()
-    );
+/// What every stage needs.
+struct Run {
+    options: Options,
+    load: LoadOptions,
+    train: Vec<Pair>,
+    held_out: HeldOut,
+    task: SummaryTask,
+}
 
-    let prompts: Vec<_> = train
-        .iter()
-        .rev()
-        .take(CALIBRATION_TEXTS)
-        .map(|p| task.prompt(&p.text))
-        .collect::<Result<_>>()?;
-    let own = generate(
-        reference,
-        &prompts,
-        &generation(options, task),
-        &RngStreams::new(options.seed),
-        CALIBRATION_SAMPLES,
-    )?;
-    Ok((Normalized::fit(trainer.into_model(), [&own])?, accuracy))
+impl Run {
+    /// Loads or trains the reward model, and scales its scores so that the reference's summaries
+    /// have mean 0 and deviation 1. Also the share of held-out comparisons that it gets right.
+    fn reward_model(
+        &self,
+        reference: &CausalLm,
+        observers: &mut [Box<dyn Observer>],
+    ) -> Result<(Reward, f64)> {
+        let steps = self.options.comparisons.div_ceil(REWARD_BATCH) as u64;
+        let config = RewardConfig {
+            update: UpdateConfig {
+                optimizer: AdamWConfig {
+                    lr: 3e-4,
+                    ..AdamWConfig::default()
+                },
+                schedule: Schedule::linear(steps / 10, steps),
+                max_grad_norm: Some(1.0),
+            },
+            microbatch_size: REWARD_BATCH,
+            ..RewardConfig::default()
+        };
+        let trainer = match &self.options.reward_model {
+            Some(dir) => RewardTrainer::new(
+                SequenceClassifier::from_pretrained(dir, &self.load)?,
+                config,
+            )?,
+            None => {
+                let seed = self.options.seed;
+                let model = SequenceClassifier::from_causal_lm(reference, 1, seed)?;
+                let mut trainer = RewardTrainer::new(model, config)?;
+                let count = self.options.comparisons.min(self.train.len());
+                let pairs = self.comparisons(reference, &self.train[..count], 0)?;
+                let epochs = EpochConfig {
+                    batch_size: REWARD_BATCH,
+                    seed,
+                    ..EpochConfig::default()
+                };
+                trainer.train(&pairs, &epochs, observers)?;
+                trainer
+            }
+        };
+        let unseen = self.comparisons(reference, &self.held_out.pairs, HELD_OUT_SAMPLES)?;
+        let accuracy = trainer.evaluate(&unseen)?.accuracy;
+        println!(
+            "human summary preferred to the model's own: {:.1}% of {} held-out pairs",
+            100.0 * accuracy,
+            unseen.len()
+        );
+        let rest = self.train.len().saturating_sub(CALIBRATION_TEXTS);
+        let own = self.generate(reference, &self.train[rest..], CALIBRATION_SAMPLES)?;
+        Ok((Normalized::fit(trainer.into_model(), [&own])?, accuracy))
+    }
+
+    /// The human summary of each text against the model's own.
+    fn comparisons(
+        &self,
+        model: &CausalLm,
+        pairs: &[Pair],
+        first_index: u64,
+    ) -> Result<Vec<Preference>> {
+        let own = self.generate(model, pairs, first_index)?;
+        let own = own.batch.into_sequences();
+        pairs
+            .iter()
+            .zip(own)
+            .map(|(pair, own)| {
+                let human = self.task.response(&pair.summary)?;
+                Ok(Preference::new(own.prompt, human, own.response))
+            })
+            .collect()
+    }
+
+    fn ppo_trainer(&self, reference: CausalLm, reward: Reward) -> Result<Trainer> {
+        let options = &self.options;
+        let config = PpoConfig {
+            seed: options.seed,
+            batch_size: options.batch,
+            ppo_epochs: 2,
+            minibatches: 2,
+            microbatch_size: 32,
+            kl_control: KlControl::Fixed {
+                kl_coef: options.kl_coef,
+            },
+            // An unfinished summary counts as two deviations worse than the usual one.
+            missing_eos: MissingEos::Replace(-2.0),
+            generation: self.generation(),
+            update: UpdateConfig {
+                optimizer: AdamWConfig {
+                    lr: options.lr,
+                    ..PpoConfig::n_plus().update.optimizer
+                },
+                max_grad_norm: Some(1.0),
+                ..UpdateConfig::default()
+            },
+            ..PpoConfig::n_plus()
+        }
+        .annealed(options.steps);
+        let mut policy = reference.try_clone()?;
+        policy.set_trainable(true);
+        let value = ValueHeadModel::from_classifier(reward.model())?;
+        let trainer = PpoTrainer::new(config, policy, value, reference, reward)?
+            .with_detokenizer(self.task.tokenizer().clone());
+        if !options.constraint {
+            return Ok(trainer);
+        }
+        let cost = constraint_fn(unsupported_names);
+        Ok(trainer.with_constraint(Constraint::new("unsupported_names", cost, 0.5)))
+    }
+
+    fn judge(&self, trainer: &Trainer) -> Result<Evaluation> {
+        evaluate(
+            trainer.policy(),
+            trainer.reference(),
+            trainer.reward_model(),
+            &self.task,
+            &self.held_out,
+            &self.generation(),
+        )
+    }
+
+    /// How summaries are sampled, in every stage.
+    fn generation(&self) -> GenerationConfig {
+        GenerationConfig {
+            max_new_tokens: self.options.max_new_tokens,
+            sampling: SamplingConfig {
+                temperature: 0.7,
+                ..SamplingConfig::default()
+            },
+            stop_token_ids: vec![self.task.stop()],
+            ..GenerationConfig::default()
+        }
+    }
+
+    fn generate(&self, model: &CausalLm, pairs: &[Pair], first_index: u64) -> Result<Completions> {
+        let streams = RngStreams::new(self.options.seed);
+        let prompts = self.prompts(pairs)?;
+        let generation = self.generation();
+        Ok(generate(
+            model,
+            &prompts,
+            &generation,
+            &streams,
+            first_index,
+        )?)
+    }
+
+    fn prompts(&self, pairs: &[Pair]) -> Result<Vec<Arc<[i64]>>> {
+        pairs.iter().map(|p| self.task.prompt(&p.text)).collect()
+    }
+
+    fn save(&self, trainer: &Trainer, report: &Report, metrics: &Path) -> Result<()> {
+        let out = &self.options.out;
+        let policy = out.join("policy");
+        trainer.policy().save_pretrained(&policy)?;
+        self.task.tokenizer().save(&policy)?;
+        let panels: [curves::Panel<'_>; 3] = [
+            (
+                "reward (reference: mean 0, deviation 1)",
+                &["ppo/score/mean"],
+            ),
+            ("divergence from the reference, nats a summary", &["ppo/kl"]),
+            ("length, tokens", &["ppo/length"]),
+        ];
+        curves::draw(metrics, "ppo", &panels, 3, &out.join("curves.svg"))?;
+        let json = serde_json::to_string_pretty(report)?;
+        Ok(std::fs::write(out.join("summary.json"), json)?)
+    }
 }
 
 const REWARD_BATCH: usize = 16;
@@ -255,88 +346,6 @@ const CALIBRATION_TEXTS: usize = 128;
 /// Where the random numbers of each use of `generate` start, so that none is used twice.
 const HELD_OUT_SAMPLES: u64 = 1 << 32;
 const CALIBRATION_SAMPLES: u64 = 2 << 32;
-
-/// The human summary of each text against the model's own.
-fn comparisons(
-    options: &Options,
-    model: &CausalLm,
-    task: &SummaryTask,
-    pairs: &[Pair],
-    first: u64,
-) -> Result<Vec<Preference>> {
-    let prompts = pairs
-        .iter()
-        .map(|p| task.prompt(&p.text))
-        .collect::<Result<Vec<_>>>()?;
-    let streams = RngStreams::new(options.seed);
-    let own = generate(model, &prompts, &generation(options, task), &streams, first)?;
-    pairs
-        .iter()
-        .zip(own.batch.into_sequences())
-        .map(|(pair, own)| {
-            Ok(Preference::new(
-                own.prompt,
-                task.response(&pair.summary)?,
-                own.response,
-            ))
-        })
-        .collect()
-}
-
-fn ppo_trainer(
-    options: &Options,
-    task: &SummaryTask,
-    reference: CausalLm,
-    reward: Scored,
-) -> Result<Trainer> {
-    let config = PpoConfig {
-        seed: options.seed,
-        batch_size: options.batch,
-        ppo_epochs: 2,
-        minibatches: 2,
-        microbatch_size: 32,
-        kl_control: KlControl::Fixed {
-            kl_coef: options.kl_coef,
-        },
-        // An unfinished summary counts as one that is two deviations worse than usual.
-        missing_eos: MissingEos::Replace(-2.0),
-        whiten_advantages: Whitening::Population,
-        generation: generation(options, task),
-        update: UpdateConfig {
-            optimizer: AdamWConfig {
-                lr: options.lr,
-                ..PpoConfig::n_plus().update.optimizer
-            },
-            max_grad_norm: Some(1.0),
-            ..UpdateConfig::default()
-        },
-        ..PpoConfig::n_plus()
-    }
-    .annealed(options.steps);
-    let mut policy = reference.try_clone()?;
-    policy.set_trainable(true);
-    let value = ValueHeadModel::from_classifier(reward.model())?;
-    let mut trainer = PpoTrainer::new(config, policy, value, reference, reward)?
-        .with_detokenizer(task.tokenizer().clone());
-    if options.constraint {
-        let cost = constraint_fn(unsupported_names);
-        trainer = trainer.with_constraint(Constraint::new("unsupported_names", cost, 0.5));
-    }
-    Ok(trainer)
-}
-
-/// How summaries are sampled, in every stage.
-fn generation(options: &Options, task: &SummaryTask) -> GenerationConfig {
-    GenerationConfig {
-        max_new_tokens: options.max_new_tokens,
-        sampling: SamplingConfig {
-            temperature: 0.7,
-            ..SamplingConfig::default()
-        },
-        stop_token_ids: vec![task.stop()],
-        ..GenerationConfig::default()
-    }
-}
 
 fn read_data(file: Option<&Path>) -> Result<(Vec<Pair>, Vec<Pair>)> {
     let Some(file) = file else {
@@ -360,7 +369,7 @@ fn read_data(file: Option<&Path>) -> Result<(Vec<Pair>, Vec<Pair>)> {
     Ok((pairs, held_out))
 }
 
-const HELD_OUT_TEXTS: usize = 128;
+const HELD_OUT_TEXTS: usize = 400;
 
 fn violation_rate(evaluation: &Evaluation, pairs: &[Pair]) -> f64 {
     let offends = |(summary, pair): (&String, &Pair)| unsupported_names(&pair.text, summary) > 0.5;

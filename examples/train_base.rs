@@ -17,6 +17,7 @@ mod support;
 use std::collections::HashMap;
 use std::error::Error;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
@@ -92,7 +93,11 @@ struct Options {
     save_every: u64,
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    support::exit_code(run())
+}
+
+fn run() -> Result<()> {
     let options = Options::parse();
     if options.threads > 0 {
         tch::set_num_threads(options.threads);

@@ -1,7 +1,22 @@
 //! What the examples share. Not part of the library.
+#![allow(dead_code)] // each example uses a part of it
 
 pub mod curves;
 pub mod evaluate;
 pub mod faithful;
 pub mod report;
 pub mod task;
+
+use std::error::Error;
+use std::process::ExitCode;
+
+/// Prints an error as a sentence rather than as a Rust structure.
+pub fn exit_code(outcome: Result<(), Box<dyn Error>>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
