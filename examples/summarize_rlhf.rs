@@ -44,7 +44,7 @@ struct Options {
     #[arg(long, default_value = "examples/models/debtldr-gpt2")]
     model: PathBuf,
     /// Hugging Face folder of a reward model (a sequence classifier with one label and the
-    /// language model's tokens); without it, one is trained.
+    /// language model's tokens); without it, one is trained and kept in the output folder.
     #[arg(long)]
     reward_model: Option<PathBuf>,
     /// JSONL file with `text` and `summary`; a tenth of it, at most 400 lines, is held out.
@@ -74,7 +74,7 @@ struct Options {
     #[arg(long)]
     constraint: bool,
     /// PPO's learning rate.
-    #[arg(long, default_value_t = 1e-4)]
+    #[arg(long, default_value_t = 3e-4)]
     lr: f64,
     /// Price of a nat of divergence, in standard deviations of the reward.
     #[arg(long, default_value_t = 0.05)]
@@ -145,7 +145,7 @@ fn run() -> Result<()> {
     }
     print_examples(&run.held_out.pairs, &before, &after, 5);
     println!(
-        "policy, curves.svg, metrics.jsonl and summary.json are in {}",
+        "policy, reward_model, curves.svg, metrics.jsonl and summary.json are in {}",
         run.options.out.display()
     );
     Ok(())
@@ -210,6 +210,9 @@ impl Run {
                     ..EpochConfig::default()
                 };
                 trainer.train(&pairs, &epochs, observers)?;
+                let dir = self.options.out.join("reward_model");
+                trainer.model().save_pretrained(&dir)?;
+                self.task.tokenizer().save(&dir)?;
                 trainer
             }
         };
