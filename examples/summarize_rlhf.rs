@@ -11,6 +11,7 @@
 //! 3. Both are judged on texts that no stage has seen: by the reward model, and by ROUGE-L
 //!    against the human summaries, which nothing was trained on. When the first rises and the
 //!    second falls, the reward was hacked, and the table says so.
+#![allow(clippy::print_stdout, clippy::print_stderr)] // an example talks to its user
 
 mod support;
 
@@ -26,7 +27,7 @@ use rlhf::core::{
     ProgressObserver, RngStreams, SamplingConfig, constraint_fn, generate, tch,
 };
 use rlhf::models::{CausalLm, LoadOptions, SequenceClassifier, Tokenizer, ValueHeadModel};
-use rlhf::ppo::{Constraint, KlControl, MissingEos, PpoConfig, PpoTrainer};
+use rlhf::ppo::{Constraint, KlControl, MissingEos, OldLogprobs, PpoConfig, PpoTrainer};
 use rlhf::reward::{Normalized, RewardConfig, RewardTrainer};
 use rlhf::scale::{AdamWConfig, Schedule, UpdateConfig};
 use support::curves;
@@ -80,7 +81,7 @@ struct Options {
     #[arg(long, default_value_t = 0.05)]
     kl_coef: f64,
     /// Tokens of a text that the model sees.
-    #[arg(long, default_value_t = 72)]
+    #[arg(long, default_value_t = 64)]
     max_text_tokens: usize,
     /// Most tokens of a summary.
     #[arg(long, default_value_t = 24)]
@@ -261,6 +262,8 @@ impl Run {
             // An unfinished summary counts as two deviations worse than the usual one.
             missing_eos: MissingEos::Replace(-2.0),
             generation: self.generation(),
+            // No filter shapes the samples, so their log-probs are the policy's own.
+            old_logprobs: OldLogprobs::Sampled,
             update: UpdateConfig {
                 optimizer: AdamWConfig {
                     lr: options.lr,

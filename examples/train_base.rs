@@ -11,6 +11,7 @@
 //! share of their tokens. A share of the sequences are copying exercises ("repeat these words"):
 //! to summarise, a model must learn to look words up in its prompt, and plain text teaches that
 //! slowly.
+#![allow(clippy::print_stdout, clippy::print_stderr)] // an example talks to its user
 
 mod support;
 
@@ -21,24 +22,20 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use rand::Rng;
 use rlhf::core::{
     CheckpointConfig, Device, EpochConfig, EpochTrainer, GenerationConfig, JsonlObserver, Kind,
     Observer, Parameters, ProgressObserver, RngStreams, SamplingConfig, Sequence, SequenceBatch,
-    Stats, Tensor, gather_logprobs, generate, tch, train_epochs,
+    Stats, generate, tch, train_epochs,
 };
 use rlhf::models::{CausalLm, Gpt2Config, ModelConfig, SpecialTokens, Tokenizer};
 use rlhf::reward::rouge::rouge_l;
 use rlhf::scale::{AdamWConfig, Schedule, UpdateConfig, Updater};
 use serde::{Deserialize, Serialize};
-use support::task::{CUE, INSTRUCTION, Pair, SummaryTask, read_pairs};
-use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, TokenizerBuilder};
+use support::bpe::train_tokenizer;
+use support::exercises::{Exercise, Mixture, weighted_loss};
+use support::task::{Pair, SummaryTask, read_pairs};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
-
-const END_OF_TEXT: &str = "<|endoftext|>";
 
 /// Trains a small GPT-2 for one-line summaries.
 #[derive(Debug, Parser, Serialize, Deserialize, PartialEq)]
@@ -50,10 +47,10 @@ struct Options {
     #[arg(long, default_value = "runs/base")]
     out: PathBuf,
     /// Passes over the data.
-    #[arg(long, default_value_t = 6)]
+    #[arg(long, default_value_t = 5)]
     epochs: u64,
     /// Sequences a step.
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 16)]
     batch: usize,
     /// Peak learning rate; it rises for 100 steps and then falls to 0 in a straight line.
     #[arg(long, default_value_t = 2e-3)]
@@ -62,26 +59,19 @@ struct Options {
     #[arg(long, default_value_t = 4096)]
     vocab: usize,
     /// Width of the model.
-    #[arg(long, default_value_t = 224)]
+    #[arg(long, default_value_t = 192)]
     width: i64,
     /// Blocks of the model.
     #[arg(long, default_value_t = 4)]
     layers: i64,
     /// Attention heads of a block.
-    #[arg(long, default_value_t = 7)]
+    #[arg(long, default_value_t = 6)]
     heads: i64,
     /// Tokens of a text that the model sees.
-    #[arg(long, default_value_t = 72)]
+    #[arg(long, default_value_t = 64)]
     max_text_tokens: usize,
-    /// Weight of a text token's loss; a summary token's is 1.
-    #[arg(long, default_value_t = 0.3)]
-    text_weight: f64,
-    /// Share of the text tokens that are scored.
-    #[arg(long, default_value_t = 0.35)]
-    text_share: f64,
-    /// Share of the sequences that are copying exercises.
-    #[arg(long, default_value_t = 0.2)]
-    copy_share: f64,
+    #[command(flatten)]
+    mixture: Mixture,
     /// Seed of weights, order and samples.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -145,49 +135,6 @@ fn run() -> Result<()> {
         50,
         &options.out.join("loss.svg"),
     )
-}
-
-/// A byte-level BPE of `vocab` tokens, written as `tokenizer.json` and `tokenizer_config.json`.
-fn train_tokenizer(pairs: &[Pair], vocab: usize, out: &Path) -> Result<()> {
-    let boxed = |error: tokenizers::Error| -> Box<dyn Error> { error };
-    let mut tokenizer = TokenizerBuilder::<
-        BPE,
-        tokenizers::NormalizerWrapper,
-        _,
-        tokenizers::PostProcessorWrapper,
-        _,
-    >::default()
-    .with_model(BPE::default())
-    .with_pre_tokenizer(Some(ByteLevel::new(false, true, true)))
-    .with_decoder(Some(ByteLevel::new(false, true, true)))
-    .build()
-    .map_err(boxed)?;
-    let mut trainer = BpeTrainerBuilder::new()
-        .vocab_size(vocab)
-        .show_progress(false)
-        .special_tokens(vec![AddedToken::from(END_OF_TEXT, true)])
-        .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
-        .build();
-    let texts = pairs
-        .iter()
-        .map(|p| format!("{INSTRUCTION}{}{CUE} {}", p.text, p.summary));
-    tokenizer.train(&mut trainer, texts).map_err(boxed)?;
-    tokenizer
-        .save(out.join("tokenizer.json"), false)
-        .map_err(boxed)?;
-    let settings = serde_json::json!({
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,
-        "model_max_length": 128,
-        "clean_up_tokenization_spaces": false,
-    });
-    std::fs::write(
-        out.join("tokenizer_config.json"),
-        serde_json::to_string_pretty(&settings)?,
-    )?;
-    Ok(())
 }
 
 fn config(options: &Options, task: &SummaryTask) -> ModelConfig {
@@ -278,15 +225,16 @@ impl EpochTrainer for BaseTrainer<'_> {
         let started = Instant::now();
         // Keyed by the step, so that a resumed run draws what an uninterrupted one would.
         let mut rng = self.streams.stream("base", self.updater.step());
+        let mixture = &self.options.mixture;
         let exercises: Vec<_> = examples
             .iter()
-            .map(|example| Exercise::draw(example, self.options, self.task, &mut rng))
+            .map(|example| Exercise::draw(example, mixture, self.task, &mut rng))
             .collect();
         let batch = SequenceBatch::new(exercises.iter().map(|e| e.sequence.clone()).collect())?;
-        let (model, options, task) = (self.model, self.options, self.task);
+        let (model, task) = (self.model, self.task);
         let mut stats = Stats::new();
         let update = self.updater.update::<Box<dyn Error>>(1, |_| {
-            let (loss, means) = weighted_loss(model, &batch, &exercises, options, task, &mut rng)?;
+            let (loss, means) = weighted_loss(model, &batch, &exercises, mixture, task, &mut rng)?;
             stats = means;
             Ok(loss)
         })?;
@@ -308,85 +256,6 @@ impl EpochTrainer for BaseTrainer<'_> {
     fn load_from(&mut self, dir: &Path) -> Result<()> {
         Ok(self.updater.load(dir)?)
     }
-}
-
-/// A sequence to learn from.
-struct Exercise {
-    sequence: Sequence,
-    copies: bool,
-}
-
-impl Exercise {
-    /// The example itself or, by chance, an exercise in copying a piece of its text.
-    fn draw(example: &Sequence, options: &Options, task: &SummaryTask, rng: &mut impl Rng) -> Self {
-        let text = &example.prompt[task.instruction_len()..example.prompt.len() - task.cue_len()];
-        if text.is_empty() || rng.random::<f64>() >= options.copy_share {
-            return Self {
-                sequence: example.clone(),
-                copies: false,
-            };
-        }
-        let length = rng.random_range(8..=28usize).min(text.len());
-        let start = rng.random_range(0..=text.len() - length);
-        let piece = &text[start..start + length];
-        let sequence = Sequence::new(task.prompt_of(piece), [piece, &[task.stop()]].concat());
-        Self {
-            sequence,
-            copies: true,
-        }
-    }
-}
-
-/// Cross-entropy of the responses and of some of the texts' tokens, over the number of response
-/// tokens; and the mean of each kind.
-fn weighted_loss(
-    model: &CausalLm,
-    batch: &SequenceBatch,
-    exercises: &[Exercise],
-    options: &Options,
-    task: &SummaryTask,
-    rng: &mut impl Rng,
-) -> Result<(Tensor, Stats)> {
-    const KINDS: [&str; 3] = ["base/summary_nll", "base/copy_nll", "base/text_nll"];
-    let packed = batch.packed(Device::Cpu);
-    let (mut rows, mut ids, mut kinds) = (Vec::new(), Vec::new(), Vec::new());
-    for ((segment, exercise), sequence) in
-        packed.segments.iter().zip(exercises).zip(batch.sequences())
-    {
-        let prompt = sequence.prompt.len();
-        let text = task.instruction_len()..prompt - task.cue_len();
-        for (at, id) in sequence.tokens().enumerate() {
-            let kind = match exercise.copies {
-                _ if text.contains(&at) && rng.random::<f64>() < options.text_share => 2,
-                true if at >= prompt => 1,
-                false if at >= prompt => 0,
-                _ => continue,
-            };
-            rows.push(segment.start + at as i64 - 1);
-            ids.push(id);
-            kinds.push(kind);
-        }
-    }
-    let hidden = model
-        .hidden_states(&packed)?
-        .index_select(0, &Tensor::from_slice(&rows));
-    let nll = -gather_logprobs(&model.logits_of(&hidden)?, &Tensor::from_slice(&ids));
-    let kinds = Tensor::from_slice(&kinds);
-    let (mut loss, mut means) = (Tensor::from(0f32), Stats::new());
-    for (kind, (name, weight)) in KINDS
-        .iter()
-        .zip([1.0, 1.0, options.text_weight])
-        .enumerate()
-    {
-        let mask = kinds.eq(kind as i64);
-        let count = f64::try_from(mask.sum(Kind::Float))?;
-        if count > 0.0 {
-            let sum = (&nll * mask.to_kind(Kind::Float)).sum(Kind::Float);
-            means.insert(*name, f64::try_from(&sum)? / count);
-            loss += sum * weight;
-        }
-    }
-    Ok((loss / batch.response_tokens() as f64, means))
 }
 
 /// How well the model does on texts that it has not seen.

@@ -1,8 +1,10 @@
 //! What the examples share. Not part of the library.
 #![allow(dead_code)] // each example uses a part of it
 
+pub mod bpe;
 pub mod curves;
 pub mod evaluate;
+pub mod exercises;
 pub mod faithful;
 pub mod report;
 pub mod task;
