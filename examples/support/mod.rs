@@ -1,5 +1,5 @@
 //! What the examples share. Not part of the library.
-#![allow(dead_code)] // each example uses a part of it
+#![allow(dead_code, unreachable_pub)] // a module of each example, which uses a part of it
 
 pub mod bpe;
 pub mod curves;
