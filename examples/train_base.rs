@@ -23,11 +23,11 @@ use std::time::Instant;
 
 use clap::Parser;
 use rlhf::core::{
-    CheckpointConfig, Device, EpochConfig, EpochTrainer, GenerationConfig, JsonlObserver, Kind,
-    Observer, Parameters, ProgressObserver, RngStreams, SamplingConfig, Sequence, SequenceBatch,
-    Stats, generate, tch, train_epochs,
+    CheckpointConfig, EpochConfig, EpochTrainer, GenerationConfig, JsonlObserver, Kind, Observer,
+    Parameters, ProgressObserver, RngStreams, SamplingConfig, Sequence, SequenceBatch, Stats,
+    generate, tch, train_epochs,
 };
-use rlhf::models::{CausalLm, Gpt2Config, ModelConfig, SpecialTokens, Tokenizer};
+use rlhf::models::{CausalLm, Gpt2Config, LoadOptions, ModelConfig, SpecialTokens, Tokenizer};
 use rlhf::reward::rouge::rouge_l;
 use rlhf::scale::{AdamWConfig, Schedule, UpdateConfig, Updater};
 use serde::{Deserialize, Serialize};
@@ -46,6 +46,10 @@ struct Options {
     /// Folder of the model; checkpoints go to its subfolder `checkpoints`.
     #[arg(long, default_value = "runs/base")]
     out: PathBuf,
+    /// Folder of a model to go on from, tokenizer included, instead of fresh weights; the options
+    /// that shape a model are not used then.
+    #[arg(long)]
+    from: Option<PathBuf>,
     /// Passes over the data.
     #[arg(long, default_value_t = 5)]
     epochs: u64,
@@ -95,16 +99,25 @@ fn run() -> Result<()> {
     let train = read_pairs(&options.data.join("train.jsonl"))?;
     let valid = read_pairs(&options.data.join("valid.jsonl"))?;
     std::fs::create_dir_all(&options.out)?;
-    if !options.out.join("tokenizer.json").exists() {
+    if let Some(from) = &options.from {
+        Tokenizer::from_dir(from)?.save(&options.out)?;
+    } else if !options.out.join("tokenizer.json").exists() {
         train_tokenizer(&train, options.vocab, &options.out)?;
     }
     let task = SummaryTask::new(Tokenizer::from_dir(&options.out)?, options.max_text_tokens)?;
-    let model = CausalLm::new(
-        config(&options, &task),
-        options.seed,
-        Device::Cpu,
-        Kind::Float,
-    )?;
+    let load = LoadOptions {
+        kind: Some(Kind::Float),
+        ..LoadOptions::default()
+    };
+    let model = match &options.from {
+        Some(from) => CausalLm::from_pretrained(from, &load)?,
+        None => CausalLm::new(
+            config(&options, &task),
+            options.seed,
+            load.device,
+            Kind::Float,
+        )?,
+    };
     let parameters: i64 = model
         .named_parameters()
         .iter()
