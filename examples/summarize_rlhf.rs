@@ -23,8 +23,8 @@ use std::time::Instant;
 
 use clap::Parser;
 use rlhf::core::{
-    Completions, Device, EpochConfig, GenerationConfig, JsonlObserver, Kind, Observer, Preference,
-    ProgressObserver, RngStreams, SamplingConfig, constraint_fn, generate, tch,
+    Completions, Device, EpochConfig, GenerationConfig, JsonlObserver, Kind, Observer, Policy,
+    Preference, ProgressObserver, RngStreams, SamplingConfig, constraint_fn, generate, tch,
 };
 use rlhf::models::{CausalLm, LoadOptions, SequenceClassifier, Tokenizer, ValueHeadModel};
 use rlhf::ppo::{Constraint, KlControl, MissingEos, OldLogprobs, PpoConfig, PpoTrainer};
@@ -59,7 +59,7 @@ struct Options {
     #[arg(long, default_value_t = 32)]
     batch: usize,
     /// Comparisons that the reward model is trained on.
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 384)]
     comparisons: usize,
     /// Seed of every random choice.
     #[arg(long, default_value_t = 1)]
@@ -75,7 +75,7 @@ struct Options {
     #[arg(long)]
     constraint: bool,
     /// PPO's learning rate.
-    #[arg(long, default_value_t = 3e-4)]
+    #[arg(long, default_value_t = 2e-4)]
     lr: f64,
     /// Price of a nat of divergence, in standard deviations of the reward.
     #[arg(long, default_value_t = 0.05)]
@@ -129,9 +129,9 @@ fn run() -> Result<()> {
 
     println!("\n2. PPO");
     let mut trainer = run.ppo_trainer(reference, reward)?;
-    let before = run.judge(&trainer)?;
+    let before = run.judge(&trainer, None)?;
     trainer.train(&run.prompts(&run.train)?, run.options.steps, &mut observers)?;
-    let after = run.judge(&trainer)?;
+    let after = run.judge(&trainer, Some(trainer.reference()))?;
 
     println!("\n3. Held-out texts, before and after");
     let report = Report::new(&before, &after, accuracy, started.elapsed());
@@ -217,7 +217,9 @@ impl Run {
                 trainer
             }
         };
-        let unseen = self.comparisons(reference, &self.held_out.pairs, HELD_OUT_SAMPLES)?;
+        let unseen = &self.held_out.pairs;
+        let unseen = &unseen[..unseen.len().min(HELD_OUT_COMPARISONS)];
+        let unseen = self.comparisons(reference, unseen, HELD_OUT_SAMPLES)?;
         let accuracy = trainer.evaluate(&unseen)?.accuracy;
         println!(
             "human summary preferred to the model's own: {:.1}% of {} held-out pairs",
@@ -287,10 +289,10 @@ impl Run {
         Ok(trainer.with_constraint(Constraint::new("unsupported_names", cost, 0.5)))
     }
 
-    fn judge(&self, trainer: &Trainer) -> Result<Evaluation> {
+    fn judge(&self, trainer: &Trainer, reference: Option<&dyn Policy>) -> Result<Evaluation> {
         evaluate(
             trainer.policy(),
-            trainer.reference(),
+            reference,
             trainer.reward_model(),
             &self.task,
             &self.held_out,
@@ -348,6 +350,7 @@ impl Run {
 }
 
 const REWARD_BATCH: usize = 16;
+const HELD_OUT_COMPARISONS: usize = 200;
 const CALIBRATION_TEXTS: usize = 128;
 /// Where the random numbers of each use of `generate` start, so that none is used twice.
 const HELD_OUT_SAMPLES: u64 = 1 << 32;

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::sync::Arc;
 
 use rlhf::core::{
-    Completions, FinishReason, GenerationConfig, Kind, LogprobOptions, Policy, RewardModel,
+    Completions, Device, FinishReason, GenerationConfig, Kind, LogprobOptions, Policy, RewardModel,
     RngStreams, Tensor, generate, tch,
 };
 use rlhf::reward::rouge::rouge_l;
@@ -39,10 +39,11 @@ pub struct Evaluation {
 }
 
 /// Samples and judges summaries. The random numbers are the same in every call, so that before
-/// and after differ by the policy alone.
+/// and after differ by the policy alone. Without a `reference`, the policy is the reference: its
+/// divergence is 0.
 pub fn evaluate(
     policy: &dyn Policy,
-    reference: &dyn Policy,
+    reference: Option<&dyn Policy>,
     reward: &dyn RewardModel,
     task: &SummaryTask,
     held_out: &HeldOut,
@@ -66,6 +67,12 @@ pub fn evaluate(
     Ok(Evaluation {
         scores: in_chunks(&written, |part| reward.score(part))?,
         kl: in_chunks(&written, |part| {
+            let Some(reference) = reference else {
+                return Ok(Tensor::zeros(
+                    [part.batch.len() as i64],
+                    (Kind::Double, Device::Cpu),
+                ));
+            };
             let options = LogprobOptions {
                 temperature: generation.sampling.temperature,
                 entropy: false,
