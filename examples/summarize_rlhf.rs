@@ -53,13 +53,13 @@ struct Options {
     #[arg(long)]
     data: Option<PathBuf>,
     /// PPO steps.
-    #[arg(long, default_value_t = 24)]
+    #[arg(long, default_value_t = 12)]
     steps: u64,
     /// Texts of a PPO step.
     #[arg(long, default_value_t = 32)]
     batch: usize,
     /// Comparisons that the reward model is trained on.
-    #[arg(long, default_value_t = 384)]
+    #[arg(long, default_value_t = 2048)]
     comparisons: usize,
     /// Seed of every random choice.
     #[arg(long, default_value_t = 1)]
@@ -78,7 +78,7 @@ struct Options {
     #[arg(long, default_value_t = 2e-4)]
     lr: f64,
     /// Price of a nat of divergence, in standard deviations of the reward.
-    #[arg(long, default_value_t = 0.05)]
+    #[arg(long, default_value_t = 0.1)]
     kl_coef: f64,
     /// Tokens of a text that the model sees.
     #[arg(long, default_value_t = 64)]
