@@ -58,8 +58,9 @@ struct Options {
     /// Texts of a PPO step.
     #[arg(long, default_value_t = 32)]
     batch: usize,
-    /// Comparisons that the reward model is trained on.
-    #[arg(long, default_value_t = 2048)]
+    /// Texts whose human summary the reward model compares with the model's own, and with the
+    /// human summary of another text.
+    #[arg(long, default_value_t = 1024)]
     comparisons: usize,
     /// Seed of every random choice.
     #[arg(long, default_value_t = 1)]
@@ -181,7 +182,8 @@ impl Run {
         reference: &CausalLm,
         observers: &mut [Box<dyn Observer>],
     ) -> Result<(Reward, f64)> {
-        let steps = self.options.comparisons.div_ceil(REWARD_BATCH) as u64;
+        let count = self.options.comparisons.min(self.train.len());
+        let steps = (2 * count).div_ceil(REWARD_BATCH) as u64;
         let config = RewardConfig {
             update: UpdateConfig {
                 optimizer: AdamWConfig {
@@ -203,8 +205,8 @@ impl Run {
                 let seed = self.options.seed;
                 let model = SequenceClassifier::from_causal_lm(reference, 1, seed)?;
                 let mut trainer = RewardTrainer::new(model, config)?;
-                let count = self.options.comparisons.min(self.train.len());
-                let pairs = self.comparisons(reference, &self.train[..count], 0)?;
+                let mut pairs = self.comparisons(reference, &self.train[..count], 0)?;
+                pairs.extend(self.mismatches(&self.train[..count])?);
                 let epochs = EpochConfig {
                     batch_size: REWARD_BATCH,
                     seed,
@@ -246,6 +248,25 @@ impl Run {
             .map(|(pair, own)| {
                 let human = self.task.response(&pair.summary)?;
                 Ok(Preference::new(own.prompt, human, own.response))
+            })
+            .collect()
+    }
+
+    /// The human summary of each text against that of the next text: to be preferred, a summary
+    /// must fit its text, not only read well.
+    fn mismatches(&self, pairs: &[Pair]) -> Result<Vec<Preference>> {
+        let next = pairs.iter().cycle().skip(1);
+        pairs
+            .iter()
+            .zip(next)
+            .map(|(pair, other)| {
+                let chosen = self.task.response(&pair.summary)?;
+                let rejected = self.task.response(&other.summary)?;
+                Ok(Preference::new(
+                    self.task.prompt(&pair.text)?,
+                    chosen,
+                    rejected,
+                ))
             })
             .collect()
     }
