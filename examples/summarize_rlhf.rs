@@ -53,7 +53,7 @@ struct Options {
     #[arg(long)]
     data: Option<PathBuf>,
     /// PPO steps.
-    #[arg(long, default_value_t = 12)]
+    #[arg(long, default_value_t = 24)]
     steps: u64,
     /// Texts of a PPO step.
     #[arg(long, default_value_t = 32)]
@@ -76,10 +76,10 @@ struct Options {
     #[arg(long)]
     constraint: bool,
     /// PPO's learning rate.
-    #[arg(long, default_value_t = 2e-4)]
+    #[arg(long, default_value_t = 3e-4)]
     lr: f64,
     /// Price of a nat of divergence, in standard deviations of the reward.
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, default_value_t = 0.05)]
     kl_coef: f64,
     /// Tokens of a text that the model sees.
     #[arg(long, default_value_t = 64)]
