@@ -4,8 +4,8 @@
 //! scripts/with-libtorch cargo run --release --example summarize_rlhf
 //! ```
 //!
-//! 1. The model writes a summary of some texts. A reward model learns to tell those from the
-//!    summaries that people wrote.
+//! 1. The model writes a summary of some texts. A reward model learns to prefer what people wrote
+//!    for a text to that, and to what people wrote for another text.
 //! 2. PPO makes the model write summaries that the reward model likes, at a price for every nat
 //!    that it moves away from where it started.
 //! 3. Both are judged on texts that no stage has seen: by the reward model, and by ROUGE-L
