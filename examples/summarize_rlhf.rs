@@ -191,7 +191,7 @@ impl Run {
                     ..AdamWConfig::default()
                 },
                 schedule: Schedule::linear(steps / 10, steps),
-                max_grad_norm: Some(1.0),
+                ..UpdateConfig::default()
             },
             microbatch_size: REWARD_BATCH,
             ..RewardConfig::default()

@@ -195,7 +195,7 @@ fn train_model(
             ..AdamWConfig::default()
         },
         schedule: Schedule::linear(100, config.total_steps(examples.len())),
-        max_grad_norm: Some(1.0),
+        ..UpdateConfig::default()
     };
     let mut trainer = BaseTrainer {
         options,
@@ -252,9 +252,7 @@ impl EpochTrainer for BaseTrainer<'_> {
             Ok(loss)
         })?;
         let tokens: usize = batch.sequences().iter().map(Sequence::len).sum();
-        stats.insert("base/loss", update.loss);
-        stats.insert("base/grad_norm", update.grad_norm);
-        stats.insert("base/lr", update.lr);
+        stats.extend(update.metrics("base"));
         stats.insert(
             "base/tokens_per_s",
             tokens as f64 / started.elapsed().as_secs_f64(),

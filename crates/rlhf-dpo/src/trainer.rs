@@ -117,7 +117,9 @@ impl<P: Policy> DpoTrainer<P> {
     /// The stats are those of the batch before its update: `dpo/loss`, `dpo/rewards/chosen`,
     /// `dpo/rewards/rejected`, `dpo/rewards/margin`, `dpo/rewards/accuracy`,
     /// `dpo/logprobs/chosen`, `dpo/logprobs/rejected` (of whole responses), `dpo/grad_norm`
-    /// (before clipping), `dpo/lr`.
+    /// (before clipping), `dpo/lr`; with loss scaling those of [`UpdateStats::metrics`] too.
+    ///
+    /// [`UpdateStats::metrics`]: rlhf_scale::UpdateStats::metrics
     ///
     /// # Errors
     /// Those of both models; a loss or gradient that is not finite; weights that do not add up
@@ -144,17 +146,16 @@ impl<P: Policy> DpoTrainer<P> {
         let judged = Judged::cat(&judged);
         let rewards = reward_metrics(&judged.chosen_rewards, &judged.rejected_rewards)?;
         let [chosen, rejected] = means([&judged.chosen_logprobs, &judged.rejected_logprobs])?;
-        Ok(Stats::from_iter([
-            ("dpo/loss", update.loss),
+        let mut stats = Stats::from_iter(update.metrics("dpo"));
+        stats.extend([
             ("dpo/rewards/chosen", rewards.chosen),
             ("dpo/rewards/rejected", rewards.rejected),
             ("dpo/rewards/margin", rewards.margin),
             ("dpo/rewards/accuracy", rewards.accuracy),
             ("dpo/logprobs/chosen", chosen),
             ("dpo/logprobs/rejected", rejected),
-            ("dpo/grad_norm", update.grad_norm),
-            ("dpo/lr", update.lr),
-        ]))
+        ]);
+        Ok(stats)
     }
 
     /// Epochs over `pairs`; see [`train_epochs`] for order, checkpoints, resumption and
@@ -209,6 +210,11 @@ impl<P: Policy> DpoTrainer<P> {
     /// The options this trainer was made with.
     pub fn config(&self) -> &DpoConfig {
         &self.config
+    }
+
+    /// The update path: its learning rate, loss scale and averaged weights.
+    pub fn updater(&self) -> &Updater {
+        &self.updater
     }
 
     /// Writes weights, optimiser state and step into the folder `dir`; the reference is not

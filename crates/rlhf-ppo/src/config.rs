@@ -120,6 +120,7 @@ impl PpoConfig {
                 },
                 schedule: Schedule::constant(),
                 max_grad_norm: None,
+                ..UpdateConfig::default()
             },
         }
     }

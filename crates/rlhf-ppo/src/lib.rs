@@ -98,6 +98,7 @@
 //! | `ppo/value/loss`, `…/clipfrac` | the same |
 //! | `ppo/value/explained_variance` | `1 − Var(returns − values) / Var(returns)` before the update |
 //! | `ppo/loss`, `ppo/grad_norm`, `ppo/lr` | joined loss, norm before clipping, last learning rate |
+//! | `ppo/loss_scale`, `ppo/skipped` | with loss scaling: mean scale, share of steps skipped because a gradient overflowed |
 //! | `ppo/update_skipped` | 1 where no sample was left to learn from: the losses are missing then |
 //! | `ppo/time/rollout_s`, `ppo/time/update_s` | seconds, the only numbers that differ from run to run |
 

@@ -28,10 +28,14 @@ pub struct MinibatchStats {
     pub ratio_var: f64,
     /// Entropy of the policy's distribution, nats.
     pub entropy: f64,
-    /// Norm of all gradients before clipping.
+    /// Norm of all gradients before clipping; infinite where the step was skipped.
     pub grad_norm: f64,
     /// Learning rate of the step.
     pub lr: f64,
+    /// Whether the step was skipped because a gradient was not finite at its loss scale.
+    pub skipped: bool,
+    /// The step's loss scale, where there is one.
+    pub loss_scale: Option<f64>,
 }
 
 /// How many tokens and states a whole minibatch has: the denominators of its means.
@@ -138,6 +142,8 @@ impl MinibatchStats {
             entropy: sum[7],
             grad_norm: update.grad_norm,
             lr: update.lr,
+            skipped: update.skipped,
+            loss_scale: update.loss_scale,
         })
     }
 }
@@ -159,6 +165,7 @@ mod tests {
             grad_norm: 8.0,
             lr: 9.0,
             step: 1,
+            ..rlhf_scale::UpdateStats::default()
         };
         let stats = MinibatchStats::new(&parts, &update).unwrap();
         let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} is not {b}");

@@ -64,8 +64,17 @@ pub(crate) fn update_stats(minibatches: &[MinibatchStats], lr: f64) -> Stats {
         ("ppo/policy/ratio_var", mean(|m| m.ratio_var)),
         ("ppo/value/loss", mean(|m| m.value_loss)),
         ("ppo/value/clipfrac", mean(|m| m.value_clipfrac)),
-        ("ppo/grad_norm", mean(|m| m.grad_norm)),
     ]);
+    if minibatches.iter().any(|m| m.loss_scale.is_some()) {
+        stats.insert("ppo/loss_scale", mean(|m| m.loss_scale.unwrap_or(1.0)));
+        stats.insert("ppo/skipped", mean(|m| f64::from(m.skipped)));
+    }
+    // A skipped step has no norm to speak of.
+    let norms = minibatches.iter().filter(|m| !m.skipped);
+    let (sum, steps) = norms.fold((0.0, 0.0), |(sum, n), m| (sum + m.grad_norm, n + 1.0));
+    if steps > 0.0 {
+        stats.insert("ppo/grad_norm", sum / steps);
+    }
     stats
 }
 

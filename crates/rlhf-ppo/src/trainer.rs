@@ -299,6 +299,11 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
         &self.config
     }
 
+    /// The update path: its learning rate, loss scale and averaged weights.
+    pub fn updater(&self) -> &Updater {
+        &self.updater
+    }
+
     /// The policy, as trained so far.
     pub fn policy(&self) -> &P {
         &self.policy

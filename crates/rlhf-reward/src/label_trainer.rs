@@ -84,7 +84,10 @@ impl<S: Scorer> LabelTrainer<S> {
     /// One optimiser step on the mean loss of all texts.
     ///
     /// The stats are those of the batch before its update: `label/loss`, `label/accuracy` (of
-    /// classes), `label/grad_norm` (before clipping), `label/lr`.
+    /// classes), `label/grad_norm` (before clipping), `label/lr`; with loss scaling those of
+    /// [`UpdateStats::metrics`] too.
+    ///
+    /// [`UpdateStats::metrics`]: rlhf_scale::UpdateStats::metrics
     ///
     /// # Errors
     /// Those of the model; a label that the model does not know; a loss or gradient that is not
@@ -99,11 +102,7 @@ impl<S: Scorer> LabelTrainer<S> {
             correct.extend(judged.correct);
             Ok(judged.loss)
         })?;
-        let mut stats = Stats::from_iter([
-            ("label/loss", update.loss),
-            ("label/grad_norm", update.grad_norm),
-            ("label/lr", update.lr),
-        ]);
+        let mut stats = Stats::from_iter(update.metrics("label"));
         if let Some(correct) = count(&correct)? {
             stats.insert("label/accuracy", correct / texts);
         }
@@ -159,6 +158,11 @@ impl<S: Scorer> LabelTrainer<S> {
     /// The options this trainer was made with.
     pub fn config(&self) -> &LabelConfig {
         &self.config
+    }
+
+    /// The update path: its learning rate, loss scale and averaged weights.
+    pub fn updater(&self) -> &Updater {
+        &self.updater
     }
 
     /// Writes weights, optimiser state and step into the folder `dir`.

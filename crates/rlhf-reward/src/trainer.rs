@@ -110,7 +110,10 @@ impl<S: Scorer> RewardTrainer<S> {
     ///
     /// The stats are those of the batch before its update: `reward/loss`, `reward/accuracy`,
     /// `reward/mean_margin`, `reward/mean_reward`, `reward/min_reward`, `reward/max_reward`,
-    /// `reward/grad_norm` (before clipping), `reward/lr`.
+    /// `reward/grad_norm` (before clipping), `reward/lr`; with loss scaling those of
+    /// [`UpdateStats::metrics`] too.
+    ///
+    /// [`UpdateStats::metrics`]: rlhf_scale::UpdateStats::metrics
     ///
     /// # Errors
     /// Those of the model; a loss or gradient that is not finite; weights that add up to 0.
@@ -130,16 +133,15 @@ impl<S: Scorer> RewardTrainer<S> {
         })?;
         let scores = PairScores::cat(&scored);
         let metrics = pairwise_metrics(&scores.chosen, &scores.rejected)?;
-        Ok(Stats::from_iter([
-            ("reward/loss", update.loss),
+        let mut stats = Stats::from_iter(update.metrics("reward"));
+        stats.extend([
             ("reward/accuracy", metrics.accuracy),
             ("reward/mean_margin", metrics.mean_margin),
             ("reward/mean_reward", metrics.mean_reward),
             ("reward/min_reward", metrics.min_reward),
             ("reward/max_reward", metrics.max_reward),
-            ("reward/grad_norm", update.grad_norm),
-            ("reward/lr", update.lr),
-        ]))
+        ]);
+        Ok(stats)
     }
 
     /// Epochs over `pairs`; see [`train_epochs`] for order, checkpoints, resumption and
@@ -193,6 +195,11 @@ impl<S: Scorer> RewardTrainer<S> {
     /// The options this trainer was made with.
     pub fn config(&self) -> &RewardConfig {
         &self.config
+    }
+
+    /// The update path: its learning rate, loss scale and averaged weights.
+    pub fn updater(&self) -> &Updater {
+        &self.updater
     }
 
     /// Writes weights, optimiser state and step into the folder `dir`.

@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::ffi::{self, FusedAdamW};
 use crate::gradients::grad_of;
-use crate::{AdamWConfig, Error, Result, io};
+use crate::{AdamWConfig, Error, Result, io, param_group};
 
 /// AdamW with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), by the same fused
 /// kernel as PyTorch's `torch.optim.AdamW(fused=True)`.
@@ -25,7 +25,8 @@ use crate::{AdamWConfig, Error, Result, io};
 /// parameter changed by other hands is therefore overwritten at the next step; load its new value
 /// through [`AdamW::refresh_masters`].
 ///
-/// A parameter without a gradient is skipped, its step count too, as in PyTorch.
+/// Parameters may have a learning rate and weight decay of their own
+/// ([`ParamGroup`](crate::ParamGroup)). One without a gradient is skipped, its step count too, as in PyTorch.
 #[derive(Debug)]
 pub struct AdamW {
     config: AdamWConfig,
@@ -52,6 +53,7 @@ struct Slot {
 struct Group {
     device: Device,
     kind: Kind,
+    lr: f64,
     weight_decay: f64,
 }
 
@@ -60,20 +62,23 @@ impl AdamW {
     ///
     /// # Errors
     /// If the config is invalid, a name comes twice, or a parameter cannot be trained: not a leaf
-    /// that requires gradients, not a floating-point kind, or a view with gaps.
+    /// that requires gradients, not a floating-point kind, or a view with gaps. A group that no
+    /// parameter is in, too.
     pub fn new(params: Vec<(String, Tensor)>, config: &AdamWConfig) -> Result<Self> {
         config.validate()?;
+        let names: Vec<&str> = params.iter().map(|(name, _)| name.as_str()).collect();
+        let assigned = param_group::assign(&config.groups, &names)?;
         let mut names = HashSet::new();
         let mut optimizer = Self {
             config: config.clone(),
             slots: Vec::with_capacity(params.len()),
             groups: Vec::new(),
         };
-        for (name, param) in params {
+        for ((name, param), group) in params.into_iter().zip(assigned) {
             if !names.insert(name.clone()) {
                 return Err(Error::DuplicateName { name });
             }
-            optimizer.add(name, param)?;
+            optimizer.add(name, param, group)?;
         }
         Ok(optimizer)
     }
@@ -83,7 +88,8 @@ impl AdamW {
         &self.config
     }
 
-    /// One step from the parameters' gradients, with the learning rate `config.lr * lr_factor`.
+    /// One step from the parameters' gradients, with the learning rate `config.lr * lr_factor`, or
+    /// that of a parameter's group in place of `config.lr`.
     ///
     /// # Errors
     /// [`Error::NoGradients`] if no parameter has one, in which case nothing changes.
@@ -126,10 +132,9 @@ impl AdamW {
                 masters.push(&slot.weight);
             }
         }
-        let lr = self.config.lr * lr_factor;
         for (call, group) in calls.iter().zip(&self.groups) {
             if !call.params.is_empty() {
-                call.step(lr, &self.config, group.weight_decay)?;
+                call.step(group.lr * lr_factor, &self.config, group.weight_decay)?;
             }
         }
         if !params.is_empty() {
@@ -188,7 +193,13 @@ impl AdamW {
         io::load_tensors_into(path, &self.state())
     }
 
-    fn add(&mut self, name: String, param: Tensor) -> Result<()> {
+    /// What is stepped, in the parameters' order: the parameters, or their f32 masters.
+    pub(crate) fn weights(&self) -> Vec<Tensor> {
+        let weight = |slot: &Slot| slot.weight.shallow_clone();
+        self.slots.iter().map(weight).collect()
+    }
+
+    fn add(&mut self, name: String, param: Tensor, group: Option<usize>) -> Result<()> {
         if !param.requires_grad() || !param.f_is_leaf()? {
             return Err(Error::NotTrainable { name });
         }
@@ -206,15 +217,16 @@ impl AdamW {
                 strides: weight.stride(),
             });
         }
-        let decays = self.config.no_decay.decays(&param.size());
+        let own = group.map(|index| &self.config.groups[index]);
+        let weight_decay = match self.config.no_decay.decays(&param.size()) {
+            true => self.config.weight_decay,
+            false => 0.0,
+        };
         let group = Group {
             device: weight.device(),
             kind: weight.kind(),
-            weight_decay: if decays {
-                self.config.weight_decay
-            } else {
-                0.0
-            },
+            lr: own.and_then(|own| own.lr).unwrap_or(self.config.lr),
+            weight_decay: own.and_then(|own| own.weight_decay).unwrap_or(weight_decay),
         };
         let index = self.groups.iter().position(|other| *other == group);
         let index = index.unwrap_or_else(|| {

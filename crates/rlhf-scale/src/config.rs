@@ -3,7 +3,7 @@
 use rlhf_core::Error as CoreError;
 use serde::{Deserialize, Serialize};
 
-use crate::{Result, Schedule};
+use crate::{EmaConfig, LossScale, ParamGroup, Precision, Result, Schedule};
 
 /// Options of [`AdamW`](crate::AdamW).
 ///
@@ -24,6 +24,10 @@ pub struct AdamWConfig {
     pub weight_decay: f64,
     /// Which parameters the weight decay spares.
     pub no_decay: DecayRule,
+    /// Parameters with a learning rate or weight decay of their own; the first group that a name
+    /// fits counts.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<ParamGroup>,
 }
 
 impl Default for AdamWConfig {
@@ -35,6 +39,7 @@ impl Default for AdamWConfig {
             eps: 1e-8,
             weight_decay: 0.0,
             no_decay: DecayRule::default(),
+            groups: Vec::new(),
         }
     }
 }
@@ -84,7 +89,7 @@ impl AdamWConfig {
                 return Err(CoreError::config(field, value, reason).into());
             }
         }
-        Ok(())
+        self.groups.iter().try_for_each(ParamGroup::validate)
     }
 }
 
@@ -116,7 +121,8 @@ impl DecayRule {
 /// Options of an [`Updater`](crate::Updater).
 ///
 /// The defaults are those of transformers' `TrainingArguments` but for the schedule, which is
-/// constant: gradients are clipped to norm 1.
+/// constant: gradients are clipped to norm 1. Neither loss scaling nor averaged weights unless
+/// asked for.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct UpdateConfig {
@@ -126,6 +132,11 @@ pub struct UpdateConfig {
     pub schedule: Schedule,
     /// Gradients with a larger norm are scaled down to this one; `None` leaves them alone.
     pub max_grad_norm: Option<f64>,
+    /// Loss scaling, for f16 weights; `None` for none. See [`UpdateConfig::for_precision`].
+    pub loss_scale: Option<LossScale>,
+    /// Averages of the weights, kept up to date by every update that is not skipped; `None` for
+    /// none.
+    pub ema: Option<EmaConfig>,
 }
 
 impl Default for UpdateConfig {
@@ -134,11 +145,22 @@ impl Default for UpdateConfig {
             optimizer: AdamWConfig::default(),
             schedule: Schedule::default(),
             max_grad_norm: Some(1.0),
+            loss_scale: None,
+            ema: None,
         }
     }
 }
 
 impl UpdateConfig {
+    /// These options with the loss scaling that weights of `precision` need: the default one for
+    /// f16, none for the others.
+    pub fn for_precision(self, precision: Precision) -> Self {
+        Self {
+            loss_scale: precision.loss_scale(),
+            ..self
+        }
+    }
+
     /// Checks every field.
     ///
     /// # Errors
@@ -146,6 +168,12 @@ impl UpdateConfig {
     pub fn validate(&self) -> Result<()> {
         self.optimizer.validate()?;
         self.schedule.validate()?;
+        if let Some(loss_scale) = &self.loss_scale {
+            loss_scale.validate()?;
+        }
+        if let Some(ema) = &self.ema {
+            ema.validate()?;
+        }
         match self.max_grad_norm {
             Some(norm) if !(norm.is_finite() && norm > 0.0) => Err(CoreError::config(
                 "max_grad_norm",
@@ -166,7 +194,7 @@ mod tests {
     #[test]
     fn invalid_fields_are_named() {
         type Change = fn(&mut UpdateConfig);
-        let cases: [(Change, &str); 7] = [
+        let cases: [(Change, &str); 10] = [
             (|c| c.optimizer.lr = f64::NAN, "optimizer.lr"),
             (|c| c.optimizer.lr = -1.0, "optimizer.lr"),
             (|c| c.optimizer.beta1 = 1.0, "optimizer.beta1"),
@@ -177,6 +205,23 @@ mod tests {
                 "optimizer.weight_decay",
             ),
             (|c| c.max_grad_norm = Some(0.0), "max_grad_norm"),
+            (
+                |c| c.optimizer.groups = vec![ParamGroup::default()],
+                "optimizer.groups.params",
+            ),
+            (
+                |c| c.loss_scale = Some(LossScale::fixed(-1.0)),
+                "loss_scale.initial",
+            ),
+            (
+                |c| {
+                    c.ema = Some(EmaConfig {
+                        decay: 1.5,
+                        ..EmaConfig::default()
+                    });
+                },
+                "ema.decay",
+            ),
         ];
         UpdateConfig::default().validate().unwrap();
         for (change, field) in cases {
@@ -192,7 +237,16 @@ mod tests {
         let config = UpdateConfig {
             schedule: Schedule::cosine(3, 7),
             max_grad_norm: None,
-            ..UpdateConfig::default()
+            optimizer: AdamWConfig {
+                groups: vec![ParamGroup {
+                    params: vec!["head.*".into()],
+                    lr: Some(0.5),
+                    weight_decay: None,
+                }],
+                ..AdamWConfig::default()
+            },
+            ema: Some(EmaConfig::default()),
+            ..UpdateConfig::default().for_precision(Precision::F16)
         };
         let text = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<UpdateConfig>(&text).unwrap(), config);

@@ -28,8 +28,8 @@ pub enum Error {
         /// The parameter.
         name: String,
     },
-    /// A parameter of a kind that AdamW has no kernel for.
-    #[error("parameter {name:?} is {kind:?}; AdamW trains Float, Double, Half and BFloat16")]
+    /// A parameter of a kind that is neither trained nor averaged.
+    #[error("parameter {name:?} is {kind:?}; it must be Float, Double, Half or BFloat16")]
     UnsupportedParameter {
         /// The parameter.
         name: String,
@@ -90,6 +90,39 @@ pub enum Error {
         /// Sum of the microbatch losses.
         loss: f64,
     },
+    /// A gradient is NaN or infinite at a loss scale that may not fall any further; nothing was
+    /// updated.
+    #[error(
+        "the gradient of {parameter:?} is not finite at a loss scale of {scale}, and the scale may \
+         not fall below {floor} (the loss is {loss}); nothing was updated"
+    )]
+    LossScaleExhausted {
+        /// The first such parameter by name.
+        parameter: String,
+        /// Sum of the microbatch losses.
+        loss: f64,
+        /// The loss scale, which stays.
+        scale: f64,
+        /// The smallest scale that the configuration allows.
+        floor: f64,
+    },
+    /// A pattern of a parameter group fits no parameter.
+    #[error("no parameter's name fits the pattern {pattern:?} of a parameter group")]
+    UnmatchedPattern {
+        /// The pattern.
+        pattern: String,
+    },
+    /// All parameters that a group's patterns fit are in groups before it.
+    #[error("parameter group {group} {patterns:?} is empty: earlier groups have all that it names")]
+    ShadowedGroup {
+        /// Position of the group.
+        group: usize,
+        /// Its patterns.
+        patterns: Vec<String>,
+    },
+    /// Averaged weights stand in for the trained ones.
+    #[error("averages are in the place of the weights; restore these first")]
+    EmaApplied,
     /// Two lists that belong together have different lengths.
     #[error("{outputs} outputs but {grad_outputs} output gradients")]
     GradOutputCount {

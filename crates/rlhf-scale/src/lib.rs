@@ -2,8 +2,11 @@
 //!
 //! Every trainer hands its microbatch losses to [`Updater::update`], which does backward, the
 //! finite check, clipping, the fused AdamW step and the schedule, and which changes nothing when a
-//! step fails. The pieces stand on their own too: [`AdamW`], [`Schedule`], [`clip_grad_norm`],
-//! [`backward`], and strict safetensors files in [`io`].
+//! step fails. Its options bring dynamic loss scaling for f16 weights ([`LossScale`],
+//! [`Precision`]), learning rates and weight decay by parameter name ([`ParamGroup`]) and averaged
+//! weights ([`EmaConfig`]). The pieces stand on their own too: [`AdamW`], [`Schedule`],
+//! [`LossScaler`], [`Ema`], [`clip_grad_norm`], [`backward`], and strict safetensors files in
+//! [`io`].
 //!
 //! ```
 //! use rlhf_scale::{AdamWConfig, Error, Schedule, UpdateConfig, Updater};
@@ -30,19 +33,27 @@
 
 mod adamw;
 mod config;
+mod ema;
 mod error;
 mod ffi;
 mod gradients;
 pub mod io;
+mod loss_scale;
+mod param_group;
+mod precision;
 mod schedule;
 mod updater;
 
 pub use adamw::AdamW;
 pub use config::{AdamWConfig, DecayRule, UpdateConfig};
+pub use ema::{AppliedEma, Ema, EmaConfig};
 pub use error::{Error, Result};
 pub use ffi::tensor_from_owner;
 pub use gradients::{Norm, backward, clear_grads, clip_grad_norm, clip_grad_norm_of, set_grad};
 pub use io::TensorProblem;
+pub use loss_scale::{LossScale, LossScaler};
+pub use param_group::ParamGroup;
+pub use precision::Precision;
 pub use schedule::{Schedule, ScheduleKind};
 pub use updater::{UpdateStats, Updater};
 

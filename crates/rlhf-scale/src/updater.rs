@@ -1,23 +1,28 @@
 //! The update path that every trainer uses.
 
-use std::path::Path;
+mod files;
+mod stats;
 
 use rlhf_core::Error as CoreError;
-use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::gradients::{self, Norm, grad_of};
-use crate::{AdamW, Error, Result, UpdateConfig, ffi, io};
+use crate::{AdamW, Ema, Error, LossScaler, Result, UpdateConfig, ffi};
 
-const PARAMETERS_FILE: &str = "parameters.safetensors";
-const OPTIMIZER_FILE: &str = "optimizer.safetensors";
-const STATE_FILE: &str = "updater.json";
+pub use stats::UpdateStats;
 
 /// Turns microbatch losses into one optimiser step: backward after each loss, finite check,
-/// clipping, AdamW, schedule.
+/// clipping, AdamW, schedule, averaged weights.
 ///
 /// A step that fails changes nothing: the weights, the moments and the schedule are what they were,
 /// and no gradient is left behind. Gradients of 16-bit parameters are accumulated in f32.
+///
+/// With loss scaling ([`UpdateConfig::loss_scale`]) backward starts from the scale, and the f32
+/// sums of the gradients are divided by it before anything looks at them. Gradients that are not
+/// finite are then expected now and then: the step is skipped, which is no error. A skipped step
+/// changes the loss scale and the count of skipped steps, and nothing else; like transformers' it
+/// does not count as a step of the schedule. A *loss* that is not finite is an error in any case,
+/// since no scale would mend it.
 ///
 /// ```
 /// use rlhf_scale::{Error, UpdateConfig, Updater};
@@ -46,27 +51,8 @@ pub struct Updater {
     optimizer: AdamW,
     config: UpdateConfig,
     step: u64,
-}
-
-/// What one update did.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct UpdateStats {
-    /// Sum of the microbatch losses.
-    pub loss: f64,
-    /// Euclidean norm of all gradients before clipping, computed in f32.
-    pub grad_norm: f64,
-    /// Learning rate that was used.
-    pub lr: f64,
-    /// Updates done so far, this one included.
-    pub step: u64,
-}
-
-/// `updater.json`.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct State {
-    step: u64,
-    config: serde_json::Value,
+    scaler: Option<LossScaler>,
+    ema: Option<Ema>,
 }
 
 impl Updater {
@@ -79,12 +65,20 @@ impl Updater {
         config.validate()?;
         // By name, so that neither sums nor files depend on the order of the caller's list.
         params.sort_by(|a, b| a.0.cmp(&b.0));
-        let aliases = params
-            .iter()
-            .map(|(name, param)| (name.clone(), param.shallow_clone()))
-            .collect();
+        let aliases = || {
+            let alias = |(name, param): &(String, Tensor)| (name.clone(), param.shallow_clone());
+            params.iter().map(alias).collect::<Vec<_>>()
+        };
+        let optimizer = AdamW::new(aliases(), &config.optimizer)?;
+        let scaler = config.loss_scale.as_ref().map(LossScaler::new);
+        let ema = config
+            .ema
+            .as_ref()
+            .map(|ema| Ema::of_sources(aliases(), optimizer.weights(), ema));
         Ok(Self {
-            optimizer: AdamW::new(aliases, &config.optimizer)?,
+            scaler: scaler.transpose()?,
+            ema: ema.transpose()?,
+            optimizer,
             params,
             config: config.clone(),
             step: 0,
@@ -101,14 +95,24 @@ impl Updater {
         &self.params
     }
 
-    /// Updates done so far.
+    /// Updates done so far, skipped ones not included.
     pub fn step(&self) -> u64 {
         self.step
     }
 
-    /// The learning rate of the next update.
+    /// The learning rate of the next update, before the groups' own.
     pub fn lr(&self) -> f64 {
         self.config.optimizer.lr * self.config.schedule.factor(self.step)
+    }
+
+    /// The loss scale and how often it was too large, where [`UpdateConfig::loss_scale`] is set.
+    pub fn loss_scaler(&self) -> Option<&LossScaler> {
+        self.scaler.as_ref()
+    }
+
+    /// The averaged weights, where [`UpdateConfig::ema`] is set.
+    pub fn ema(&self) -> Option<&Ema> {
+        self.ema.as_ref()
     }
 
     /// One optimiser step on the sum of the losses that `loss(0)`, …, `loss(microbatches - 1)`
@@ -123,9 +127,11 @@ impl Updater {
     ///
     /// # Errors
     /// What `loss` returns; [`Error::NonFiniteLoss`], [`Error::NonFiniteGradient`] or
-    /// [`Error::NormOverflow`] when the numbers are unusable; [`Error::NoGradients`],
-    /// [`Error::LossShape`] or [`Error::LossWithoutGraph`] when the losses are wrong; libtorch's
-    /// error when backward fails. Nothing is updated then.
+    /// [`Error::NormOverflow`] when the numbers are unusable; with loss scaling
+    /// [`Error::LossScaleExhausted`] in place of the second, where skipping has come to an end;
+    /// [`Error::NoGradients`], [`Error::LossShape`] or [`Error::LossWithoutGraph`] when the losses
+    /// are wrong; [`Error::EmaApplied`] if averages were left in the place of the weights;
+    /// libtorch's error when backward fails. Nothing is updated then.
     pub fn update<E: From<Error>>(
         &mut self,
         microbatches: usize,
@@ -136,59 +142,6 @@ impl Updater {
         let stats = outcome?;
         cleared?;
         Ok(stats)
-    }
-
-    /// Writes the parameters, the optimiser's state, and the step with the configuration, to
-    /// `parameters.safetensors`, `optimizer.safetensors` and `updater.json` in `dir`, which is made
-    /// if need be.
-    ///
-    /// Each file is replaced atomically; for the three together use a
-    /// [`CheckpointStore`](rlhf_core::CheckpointStore), which moves a whole folder into place.
-    ///
-    /// # Errors
-    /// If a file cannot be written.
-    pub fn save(&self, dir: &Path) -> Result<()> {
-        std::fs::create_dir_all(dir).map_err(CoreError::io("creating", dir))?;
-        io::save_tensors(&dir.join(PARAMETERS_FILE), &self.params)?;
-        self.optimizer.save(&dir.join(OPTIMIZER_FILE))?;
-        let path = dir.join(STATE_FILE);
-        let state = State {
-            step: self.step,
-            config: self.config_json(&path)?,
-        };
-        let text = serde_json::to_string_pretty(&state).map_err(|error| corrupt(&path, error))?;
-        io::write_atomically(&path, |file| {
-            std::io::Write::write_all(file, text.as_bytes())
-                .map_err(|error| CoreError::io("writing", &path)(error).into())
-        })
-    }
-
-    /// Restores bit for bit what [`Updater::save`] wrote: parameters, moments, master copies, step.
-    ///
-    /// # Errors
-    /// [`Error::ConfigMismatch`] if the state was saved under another configuration,
-    /// [`Error::TensorFile`] if its tensors are not those of this updater, and the usual errors of
-    /// files that are missing or damaged. Nothing is changed then.
-    pub fn load(&mut self, dir: &Path) -> Result<()> {
-        let path = dir.join(STATE_FILE);
-        let text = std::fs::read_to_string(&path).map_err(CoreError::io("reading", &path))?;
-        let state: State = serde_json::from_str(&text).map_err(|error| corrupt(&path, error))?;
-        let current = self.config_json(&path)?;
-        if let Some((field, saved, current)) = first_difference("", &state.config, &current) {
-            return Err(Error::ConfigMismatch {
-                path,
-                field,
-                saved,
-                current,
-            });
-        }
-        let optimizer_state = self.optimizer.state();
-        let params = io::read_matching(&dir.join(PARAMETERS_FILE), &self.params)?;
-        let moments = io::read_matching(&dir.join(OPTIMIZER_FILE), &optimizer_state)?;
-        io::copy_into(&self.params, &params)?;
-        io::copy_into(&optimizer_state, &moments)?;
-        self.step = state.step;
-        Ok(())
     }
 
     fn try_update<E: From<Error>>(
@@ -203,18 +156,39 @@ impl Updater {
             };
             return Err(Error::from(error).into());
         }
+        if let Some(ema) = &self.ema {
+            ema.check_not_applied()?;
+        }
         self.clear_grads()?;
         let mut losses = Vec::with_capacity(microbatches);
         let mut sums: Vec<Option<Tensor>> = self.params.iter().map(|_| None).collect();
         for microbatch in 0..microbatches {
             let loss = loss(microbatch)?;
-            losses.push(backward_one(microbatch, &loss)?);
+            losses.push(self.backward_one(microbatch, &loss)?);
             if microbatches > 1 {
                 self.drain_half_grads(&mut sums)?;
             }
         }
         let grads = self.collect_grads(sums)?;
         Ok(self.apply(&losses, &grads)?)
+    }
+
+    /// Checks and backpropagates one loss; returns it detached, as f32, still on its device.
+    fn backward_one(&self, microbatch: usize, loss: &Tensor) -> Result<Tensor> {
+        if loss.numel() != 1 {
+            return Err(Error::LossShape {
+                microbatch,
+                shape: loss.size(),
+            });
+        }
+        if !loss.requires_grad() {
+            return Err(Error::LossWithoutGraph { microbatch });
+        }
+        match &self.scaler {
+            Some(scaler) => scaler.backward(loss)?,
+            None => loss.f_backward()?,
+        }
+        Ok(loss.f_detach()?.f_to_kind(Kind::Float)?.f_reshape([])?)
     }
 
     /// Moves the gradients of 16-bit parameters into f32 sums, where small ones are not lost.
@@ -258,6 +232,10 @@ impl Updater {
                 parameters: self.params.len(),
             });
         }
+        if let Some(scaler) = &self.scaler {
+            // As GradScaler has it: by the reciprocal, rounded to f32.
+            ffi::scale_all(&present, f64::from((1.0 / scaler.scale()) as f32))?;
+        }
         let norm = gradients::grad_norm(&present, Norm::L2)?;
         let (losses, grad_norm) = read_once(losses, &norm)?;
         let loss: f64 = losses.iter().sum();
@@ -265,21 +243,60 @@ impl Updater {
             return Err(Error::NonFiniteLoss { loss, microbatch });
         }
         if !grad_norm.is_finite() {
-            return Err(self.blame(grads, loss));
+            return self.skip(grads, loss);
         }
         if let Some(max_norm) = self.config.max_grad_norm {
             gradients::scale_to_norm(&present, grad_norm, max_norm)?;
         }
-        let lr = self.lr();
+        let mut stats = self.stats(loss, grad_norm);
         self.optimizer
             .step_with(grads, self.config.schedule.factor(self.step))?;
+        if let Some(scaler) = &mut self.scaler {
+            scaler.succeeded();
+        }
+        if let Some(ema) = &mut self.ema {
+            ema.update()?;
+        }
         self.step += 1;
-        Ok(UpdateStats {
+        stats.step = self.step;
+        Ok(stats)
+    }
+
+    /// Skips the update if a lower loss scale may mend what is wrong with the gradients.
+    fn skip(&mut self, grads: &[Option<Tensor>], loss: f64) -> Result<UpdateStats> {
+        let mut stats = self.stats(loss, f64::INFINITY);
+        let error = self.blame(grads, loss);
+        let Some(scaler) = &mut self.scaler else {
+            return Err(error);
+        };
+        match error {
+            Error::NonFiniteGradient { .. } if scaler.overflowed() => {
+                stats.skipped = true;
+                stats.skipped_steps = scaler.skipped_steps();
+                Ok(stats)
+            }
+            Error::NonFiniteGradient { parameter, loss } => Err(Error::LossScaleExhausted {
+                parameter,
+                loss,
+                scale: scaler.scale(),
+                floor: scaler.floor(),
+            }),
+            error => Err(error),
+        }
+    }
+
+    /// The stats of an update that has not moved anything yet.
+    fn stats(&self, loss: f64, grad_norm: f64) -> UpdateStats {
+        let scaler = self.scaler.as_ref();
+        UpdateStats {
             loss,
             grad_norm,
-            lr,
+            lr: self.lr(),
             step: self.step,
-        })
+            skipped: false,
+            loss_scale: scaler.map(LossScaler::scale),
+            skipped_steps: scaler.map_or(0, LossScaler::skipped_steps),
+        }
     }
 
     /// Which gradient made the norm not finite.
@@ -308,25 +325,6 @@ impl Updater {
         let params: Vec<&Tensor> = self.params.iter().map(|(_, param)| param).collect();
         ffi::clear_grads(&params)
     }
-
-    fn config_json(&self, path: &Path) -> Result<serde_json::Value> {
-        serde_json::to_value(&self.config).map_err(|error| corrupt(path, error))
-    }
-}
-
-/// Checks and backpropagates one loss; returns it detached, as f32, still on its device.
-fn backward_one(microbatch: usize, loss: &Tensor) -> Result<Tensor> {
-    if loss.numel() != 1 {
-        return Err(Error::LossShape {
-            microbatch,
-            shape: loss.size(),
-        });
-    }
-    if !loss.requires_grad() {
-        return Err(Error::LossWithoutGraph { microbatch });
-    }
-    loss.f_backward()?;
-    Ok(loss.f_detach()?.f_to_kind(Kind::Float)?.f_reshape([])?)
 }
 
 /// Brings losses and norm to the host in one transfer.
@@ -343,34 +341,4 @@ fn read_once(losses: &[Tensor], norm: &Tensor) -> Result<(Vec<f64>, f64)> {
 
 fn is_half(param: &Tensor) -> bool {
     matches!(param.kind(), Kind::Half | Kind::BFloat16)
-}
-
-fn corrupt(path: &Path, error: serde_json::Error) -> Error {
-    CoreError::Corrupt {
-        path: path.to_path_buf(),
-        reason: error.to_string(),
-    }
-    .into()
-}
-
-/// Path and values of the first field in which two JSON documents differ.
-fn first_difference(
-    path: &str,
-    saved: &serde_json::Value,
-    current: &serde_json::Value,
-) -> Option<(String, String, String)> {
-    let (Some(saved_fields), Some(fields)) = (saved.as_object(), current.as_object()) else {
-        return (saved != current)
-            .then(|| (path.to_string(), saved.to_string(), current.to_string()));
-    };
-    let absent = serde_json::Value::Null;
-    let extra = saved_fields.keys().filter(|key| !fields.contains_key(*key));
-    fields.keys().chain(extra).find_map(|key| {
-        let path = match path {
-            "" => key.clone(),
-            prefix => format!("{prefix}.{key}"),
-        };
-        let saved = saved_fields.get(key).unwrap_or(&absent);
-        first_difference(&path, saved, fields.get(key).unwrap_or(&absent))
-    })
 }

@@ -102,7 +102,9 @@ impl<P: Policy> SftTrainer<P> {
     /// One optimiser step on the mean cross-entropy of all tokens of the batch that count.
     ///
     /// The stats: `sft/loss` before the update, `sft/tokens` (response tokens), `sft/grad_norm`
-    /// (before clipping), `sft/lr`.
+    /// (before clipping), `sft/lr`; with loss scaling those of [`UpdateStats::metrics`] too.
+    ///
+    /// [`UpdateStats::metrics`]: rlhf_scale::UpdateStats::metrics
     ///
     /// # Errors
     /// A batch without response tokens; those of the model; a loss or gradient that is not
@@ -129,12 +131,9 @@ impl<P: Policy> SftTrainer<P> {
             };
             sft_loss(inputs, denominator)
         })?;
-        Ok(Stats::from_iter([
-            ("sft/loss", update.loss),
-            ("sft/tokens", batch.response_tokens() as f64),
-            ("sft/grad_norm", update.grad_norm),
-            ("sft/lr", update.lr),
-        ]))
+        let mut stats = Stats::from_iter(update.metrics("sft"));
+        stats.insert("sft/tokens", batch.response_tokens() as f64);
+        Ok(stats)
     }
 
     /// Epochs over `data`; see [`train_epochs`] for order, checkpoints, resumption and
@@ -199,6 +198,11 @@ impl<P: Policy> SftTrainer<P> {
     /// The options this trainer was made with.
     pub fn config(&self) -> &SftConfig {
         &self.config
+    }
+
+    /// The update path: its learning rate, loss scale and averaged weights.
+    pub fn updater(&self) -> &Updater {
+        &self.updater
     }
 
     /// Writes weights, optimiser state and step into the folder `dir`.

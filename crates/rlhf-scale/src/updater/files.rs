@@ -1,0 +1,132 @@
+//! Saving an updater and going on with it.
+
+use std::path::Path;
+
+use rlhf_core::Error as CoreError;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::Updater;
+use crate::{Error, LossScaler, Result, io};
+
+const PARAMETERS_FILE: &str = "parameters.safetensors";
+const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+const EMA_FILE: &str = "ema.safetensors";
+const STATE_FILE: &str = "updater.json";
+
+/// `updater.json`.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct State {
+    step: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    loss_scaler: Option<LossScaler>,
+    config: Value,
+}
+
+impl Updater {
+    /// Writes what the rest of a run depends on to `dir`, which is made if need be:
+    /// `parameters.safetensors`, `optimizer.safetensors`, `ema.safetensors` where weights are
+    /// averaged, and `updater.json` with the step, the loss scale and the configuration.
+    ///
+    /// Each file is replaced atomically; for all of them together use a
+    /// [`CheckpointStore`](rlhf_core::CheckpointStore), which moves a whole folder into place.
+    ///
+    /// # Errors
+    /// If a file cannot be written, or [`Error::EmaApplied`] while averages stand in for the
+    /// weights.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        if let Some(ema) = &self.ema {
+            ema.check_not_applied()?;
+        }
+        std::fs::create_dir_all(dir).map_err(CoreError::io("creating", dir))?;
+        io::save_tensors(&dir.join(PARAMETERS_FILE), &self.params)?;
+        self.optimizer.save(&dir.join(OPTIMIZER_FILE))?;
+        if let Some(ema) = &self.ema {
+            ema.save(&dir.join(EMA_FILE))?;
+        }
+        let path = dir.join(STATE_FILE);
+        let state = State {
+            step: self.step,
+            loss_scaler: self.scaler.clone(),
+            config: self.config_json(&path)?,
+        };
+        let text = serde_json::to_string_pretty(&state).map_err(|error| corrupt(&path, error))?;
+        io::write_atomically(&path, |file| {
+            std::io::Write::write_all(file, text.as_bytes())
+                .map_err(|error| CoreError::io("writing", &path)(error).into())
+        })
+    }
+
+    /// Restores bit for bit what [`Updater::save`] wrote: parameters, moments, master copies,
+    /// averages, loss scale, step.
+    ///
+    /// # Errors
+    /// [`Error::ConfigMismatch`] if the state was saved under another configuration,
+    /// [`Error::TensorFile`] if its tensors are not those of this updater, and the usual errors of
+    /// files that are missing or damaged. Nothing is changed then.
+    pub fn load(&mut self, dir: &Path) -> Result<()> {
+        let path = dir.join(STATE_FILE);
+        let text = std::fs::read_to_string(&path).map_err(CoreError::io("reading", &path))?;
+        let state: State = serde_json::from_str(&text).map_err(|error| corrupt(&path, error))?;
+        let current = self.config_json(&path)?;
+        if let Some((field, saved, current)) = first_difference("", &state.config, &current) {
+            return Err(Error::ConfigMismatch {
+                path,
+                field,
+                saved,
+                current,
+            });
+        }
+        let scaler = state.loss_scaler.and_then(LossScaler::restored);
+        if scaler.is_some() != self.scaler.is_some() {
+            return Err(corrupt(&path, "no usable loss_scaler"));
+        }
+        let optimizer_state = self.optimizer.state();
+        let params = io::read_matching(&dir.join(PARAMETERS_FILE), &self.params)?;
+        let moments = io::read_matching(&dir.join(OPTIMIZER_FILE), &optimizer_state)?;
+        if let Some(ema) = &mut self.ema {
+            let averages = ema.read(&dir.join(EMA_FILE))?;
+            ema.restore(&averages)?;
+        }
+        io::copy_into(&self.params, &params)?;
+        io::copy_into(&optimizer_state, &moments)?;
+        self.scaler = scaler;
+        self.step = state.step;
+        Ok(())
+    }
+
+    fn config_json(&self, path: &Path) -> Result<Value> {
+        serde_json::to_value(&self.config).map_err(|error| corrupt(path, error))
+    }
+}
+
+fn corrupt(path: &Path, reason: impl ToString) -> Error {
+    CoreError::Corrupt {
+        path: path.to_path_buf(),
+        reason: reason.to_string(),
+    }
+    .into()
+}
+
+/// Path and values of the first field in which two JSON documents differ.
+fn first_difference(
+    path: &str,
+    saved: &Value,
+    current: &Value,
+) -> Option<(String, String, String)> {
+    let (Some(saved_fields), Some(fields)) = (saved.as_object(), current.as_object()) else {
+        return (saved != current)
+            .then(|| (path.to_string(), saved.to_string(), current.to_string()));
+    };
+    let absent = Value::Null;
+    let extra = saved_fields.keys().filter(|key| !fields.contains_key(*key));
+    fields.keys().chain(extra).find_map(|key| {
+        let path = match path {
+            "" => key.clone(),
+            prefix => format!("{prefix}.{key}"),
+        };
+        let saved = saved_fields.get(key).unwrap_or(&absent);
+        first_difference(&path, saved, fields.get(key).unwrap_or(&absent))
+    })
+}
