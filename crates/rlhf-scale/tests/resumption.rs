@@ -65,7 +65,7 @@ fn a_resumed_f16_run_keeps_scale_and_averages() {
         initial: 2f64.powi(21),
         growth_factor: 3.3,
         backoff_factor: 0.3,
-        growth_interval: 4,
+        growth_interval: 6,
         ..LossScale::default()
     });
     config.ema = Some(EmaConfig {
