@@ -10,15 +10,15 @@
 use rlhf_scale::{AdamWConfig, Error, Schedule, UpdateConfig, UpdateStats, Updater};
 use tch::{Device, Kind, Tensor};
 
-pub const CPU: Device = Device::Cpu;
+pub(crate) const CPU: Device = Device::Cpu;
 
 /// A two-layer network on fixed data.
-pub struct Net {
-    pub params: Vec<(String, Tensor)>,
+pub(crate) struct Net {
+    pub(crate) params: Vec<(String, Tensor)>,
 }
 
 impl Net {
-    pub fn new(kind: Kind) -> Self {
+    pub(crate) fn new(kind: Kind) -> Self {
         let ramp = |shape: [i64; 2], scale: f64| {
             let numel = shape[0] * shape[1];
             ((Tensor::arange(numel, (Kind::Float, CPU)) * scale).sin() * 0.5).view(shape)
@@ -41,12 +41,12 @@ impl Net {
         }
     }
 
-    pub fn get(&self, name: &str) -> &Tensor {
+    pub(crate) fn get(&self, name: &str) -> &Tensor {
         &self.params.iter().find(|(n, _)| n == name).unwrap().1
     }
 
     /// Sum of squared errors of rows `start..start + count`, divided by eight.
-    pub fn loss(&self, step: u64, start: i64, count: i64) -> Tensor {
+    pub(crate) fn loss(&self, step: u64, start: i64, count: i64) -> Tensor {
         let kind = self.get("a.weight").kind();
         let inputs = ((Tensor::arange(24, (Kind::Float, CPU)) + 5.0 * step as f64) * 0.9).cos();
         let rows = inputs.view([8, 3]).narrow(0, start, count).to_kind(kind);
@@ -58,19 +58,19 @@ impl Net {
             / 8.0
     }
 
-    pub fn aliases(&self) -> Vec<(String, Tensor)> {
+    pub(crate) fn aliases(&self) -> Vec<(String, Tensor)> {
         let alias = |(name, tensor): &(String, Tensor)| (name.clone(), tensor.shallow_clone());
         self.params.iter().map(alias).collect()
     }
 
-    pub fn bytes(&self) -> Vec<Vec<u8>> {
+    pub(crate) fn bytes(&self) -> Vec<Vec<u8>> {
         self.params
             .iter()
             .map(|(_, tensor)| bytes(tensor))
             .collect()
     }
 
-    pub fn grads_defined(&self) -> bool {
+    pub(crate) fn grads_defined(&self) -> bool {
         self.params
             .iter()
             .any(|(_, tensor)| tensor.grad().defined())
@@ -78,14 +78,14 @@ impl Net {
 }
 
 /// The exact content of a tensor.
-pub fn bytes(tensor: &Tensor) -> Vec<u8> {
+pub(crate) fn bytes(tensor: &Tensor) -> Vec<u8> {
     let mut bytes = vec![0; tensor.numel() * tensor.kind().elt_size_in_bytes()];
     tensor.copy_data_u8(&mut bytes, tensor.numel());
     bytes
 }
 
 /// AdamW with decay, a short schedule, and a clip that acts.
-pub fn config() -> UpdateConfig {
+pub(crate) fn config() -> UpdateConfig {
     UpdateConfig {
         optimizer: AdamWConfig {
             lr: 0.05,
@@ -99,7 +99,7 @@ pub fn config() -> UpdateConfig {
 }
 
 /// One update on the eight rows of the next step.
-pub fn train(net: &Net, updater: &mut Updater, microbatches: usize) -> UpdateStats {
+pub(crate) fn train(net: &Net, updater: &mut Updater, microbatches: usize) -> UpdateStats {
     let rows = 8 / microbatches as i64;
     let step = updater.step();
     updater
@@ -108,7 +108,7 @@ pub fn train(net: &Net, updater: &mut Updater, microbatches: usize) -> UpdateSta
 }
 
 /// Drops the gradients of a network.
-pub fn clear(net: &Net) {
+pub(crate) fn clear(net: &Net) {
     let params: Vec<Tensor> = net.params.iter().map(|(_, t)| t.shallow_clone()).collect();
     rlhf_scale::clear_grads(&params).unwrap();
 }
