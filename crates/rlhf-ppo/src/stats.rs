@@ -101,3 +101,39 @@ fn variance(t: &Tensor) -> f64 {
     let t = t.to_kind(Kind::Double);
     mean(&(&t - t.mean(Kind::Double)).square())
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use rlhf_scale::UpdateStats;
+
+    #[test]
+    fn a_skipped_step_is_counted_and_leaves_the_norm_alone() {
+        let parts = [Tensor::zeros([8], (Kind::Double, tch::Device::Cpu))];
+        let step = |grad_norm: f64, loss_scale: Option<f64>| {
+            let update = UpdateStats {
+                grad_norm,
+                skipped: grad_norm.is_infinite(),
+                loss_scale,
+                ..UpdateStats::default()
+            };
+            MinibatchStats::new(&parts, &update).unwrap()
+        };
+        let scale = Some(8.0);
+        let steps = [
+            step(3.0, scale),
+            step(f64::INFINITY, scale),
+            step(5.0, Some(4.0)),
+        ];
+        let stats = update_stats(&steps, 0.1);
+        assert_eq!(stats.get("ppo/grad_norm"), Some(4.0));
+        assert_eq!(stats.get("ppo/skipped"), Some(1.0 / 3.0));
+        assert_eq!(stats.get("ppo/loss_scale"), Some(20.0 / 3.0));
+        assert_eq!(update_stats(&steps[1..2], 0.1).get("ppo/grad_norm"), None);
+        assert_eq!(
+            update_stats(&[step(1.0, None)], 0.1).get("ppo/skipped"),
+            None
+        );
+    }
+}
