@@ -81,6 +81,9 @@ struct Options {
     /// Price of a nat of divergence, in standard deviations of the reward.
     #[arg(long, default_value_t = 0.05)]
     kl_coef: f64,
+    /// Temperature of sampling, in every stage; 1 is the model's own distribution.
+    #[arg(long, default_value_t = 1.0)]
+    temperature: f64,
     /// Tokens of a text that the model sees.
     #[arg(long, default_value_t = 64)]
     max_text_tokens: usize,
@@ -101,6 +104,7 @@ fn run() -> Result<()> {
     let load = LoadOptions {
         device: options.device,
         kind: Some(Kind::Float),
+        ..LoadOptions::default()
     };
     let reference = CausalLm::from_pretrained(&options.model, &load)?;
     let tokenizer = Tokenizer::from_dir(&options.model)?;
@@ -326,7 +330,7 @@ impl Run {
         GenerationConfig {
             max_new_tokens: self.options.max_new_tokens,
             sampling: SamplingConfig {
-                temperature: 0.7,
+                temperature: self.options.temperature,
                 ..SamplingConfig::default()
             },
             stop_token_ids: vec![self.task.stop()],

@@ -4,7 +4,7 @@ use std::env;
 use std::path::PathBuf;
 
 fn main() -> Result<(), &'static str> {
-    println!("cargo:rerun-if-changed=csrc/shim.cpp");
+    println!("cargo:rerun-if-changed=csrc");
     println!("cargo:rerun-if-env-changed=LIBTORCH_INCLUDE");
     println!("cargo:rerun-if-env-changed=LIBTORCH_CXX11_ABI");
     if env::var_os("CARGO_FEATURE_DOC_ONLY").is_some() {
@@ -18,14 +18,22 @@ fn main() -> Result<(), &'static str> {
         None => lib.join("..").join("include"),
     };
     let abi = env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".to_string());
-    cc::Build::new()
+    let mut build = cc::Build::new();
+    // For scripts/asan: the shim is watched, and the tests are linked with the watcher.
+    println!("cargo:rerun-if-env-changed=RLHF_SANITIZE");
+    if let Ok(sanitizer) = env::var("RLHF_SANITIZE") {
+        let flag = format!("-fsanitize={sanitizer}");
+        build.flag(&flag).flag("-fno-omit-frame-pointer").flag("-g");
+        println!("cargo:rustc-link-arg-tests={flag}");
+    }
+    build
         .cpp(true)
         .std("c++17")
         .warnings(false)
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
-        .file("csrc/shim.cpp")
+        .files(["csrc/autograd.cpp", "csrc/shim.cpp"])
         .compile("rlhf_scale_shim");
     // A static library must come before the ones whose symbols it uses, so torch-sys's own
     // mention of these two may be too early for it.

@@ -1,6 +1,7 @@
 //! Causal attention over packed sequences.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use rlhf_core::{Error, Result};
 use tch::Tensor;
@@ -43,8 +44,9 @@ pub(crate) trait Attention {
 }
 
 /// Every sequence of a packed run on its own, each token looking at those before it.
+#[derive(Clone)]
 pub(crate) struct SegmentAttention {
-    runs: Vec<Run>,
+    runs: Arc<[Run]>,
 }
 
 /// Neighbouring segments of one length: one kernel call.
@@ -64,13 +66,13 @@ impl SegmentAttention {
                 _ => runs.push(Run { rows: 1, length }),
             }
         }
-        Self { runs }
+        Self { runs: runs.into() }
     }
 }
 
 impl Attention for SegmentAttention {
     fn attend(&mut self, _layer: usize, qkv: &Qkv, scale: Option<f64>) -> Result<Tensor> {
-        if let [run] = self.runs.as_slice() {
+        if let [run] = &*self.runs {
             return causal(run, &qkv.query, &qkv.key, &qkv.value, scale);
         }
         // One split instead of many narrows: the gradient of a narrow is as large as the whole
@@ -124,6 +126,6 @@ mod tests {
     fn neighbours_of_one_length_share_a_call() {
         let attention = SegmentAttention::new(&[0..3, 3..6, 6..8, 8..11]);
         let run = |rows, length| Run { rows, length };
-        assert_eq!(attention.runs, [run(2, 3), run(1, 2), run(1, 3)]);
+        assert_eq!(*attention.runs, [run(2, 3), run(1, 2), run(1, 3)]);
     }
 }

@@ -4,8 +4,9 @@ use std::path::Path;
 
 use rlhf_core::{
     Decoder, LogprobOptions, PackedBatch, PaddedBatch, Parameters, Policy, SequenceBatch,
-    TokenLogprobs, entropy, gather_logprobs,
+    TokenLogprobs,
 };
+use rlhf_scale::{GradientCheckpointing, LinearLogprobsInput, linear_logprobs};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::Head;
@@ -14,9 +15,6 @@ use crate::trunk::{Model, Trunk};
 use crate::weights::{Builder, Init, WeightMap};
 use crate::{ModelConfig, Result};
 
-/// Logits that exist at a time where the caller records no gradients: 64 MiB of f32.
-const CHUNK_ELEMENTS: i64 = 1 << 24;
-
 /// Where and in what precision a model is loaded.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LoadOptions {
@@ -24,14 +22,17 @@ pub struct LoadOptions {
     pub device: Device,
     /// Their kind; `None` for the one they are stored in.
     pub kind: Option<Kind>,
+    /// Which activations training keeps, and which it computes again.
+    pub gradient_checkpointing: GradientCheckpointing,
 }
 
 impl Default for LoadOptions {
-    /// On the CPU, as stored.
+    /// On the CPU, as stored, all activations kept.
     fn default() -> Self {
         Self {
             device: Device::Cpu,
             kind: None,
+            gradient_checkpointing: GradientCheckpointing::default(),
         }
     }
 }
@@ -124,7 +125,7 @@ impl CausalLm {
     /// # Errors
     /// libtorch's: an id outside the vocabulary, a position outside the context window.
     pub fn hidden_states(&self, batch: &PackedBatch) -> rlhf_core::Result<Tensor> {
-        self.model.trunk.hidden_states(batch)
+        self.model.hidden_states(batch)
     }
 
     /// Next-token logits of hidden states.
@@ -146,7 +147,8 @@ impl CausalLm {
         let builder =
             Builder::from_weights(self.model.copied_weights()?, self.device(), self.kind());
         let config = self.config().clone();
-        let model = Model::build(config, builder, Path::new(""), LmHead::build)?;
+        let mut model = Model::build(config, builder, Path::new(""), LmHead::build)?;
+        model.checkpointing = self.model.checkpointing;
         Ok(Self { model })
     }
 
@@ -154,6 +156,24 @@ impl CausalLm {
     /// [`named_parameters`](Parameters::named_parameters).
     pub fn set_trainable(&mut self, trainable: bool) {
         self.model.set_trainable(trainable);
+    }
+
+    /// Which activations training keeps, and which it computes again.
+    pub fn gradient_checkpointing(&self) -> GradientCheckpointing {
+        self.model.checkpointing
+    }
+
+    /// Changes which activations training keeps.
+    ///
+    /// # Errors
+    /// Those of [`GradientCheckpointing::validate`].
+    pub fn set_gradient_checkpointing(
+        &mut self,
+        checkpointing: GradientCheckpointing,
+    ) -> Result<()> {
+        checkpointing.validate()?;
+        self.model.checkpointing = checkpointing;
+        Ok(())
     }
 }
 
@@ -205,27 +225,20 @@ impl Policy for CausalLm {
         let hidden = hidden.f_index_select(0, &packed.predicting_rows())?;
         let mask = batch.response_mask(self.device());
         let ids = batch.responses(0, self.device()).masked_select(&mask);
-        // In chunks: [S, V] in f32 is the largest tensor of all.
-        let rows = (CHUNK_ELEMENTS / self.config().vocab_size()).max(1);
-        let (mut chosen, mut entropies) = (Vec::new(), Vec::new());
-        for (hidden, ids) in hidden.split(rows, 0).iter().zip(ids.split(rows, 0)) {
-            let logits = self.logits_of(hidden)?.f_to_kind(Kind::Float)?;
-            let logits = logits.f_div_scalar(options.temperature)?;
-            chosen.push(gather_logprobs(&logits, &ids));
-            if options.entropy {
-                entropies.push(entropy(&logits));
-            }
-        }
-        let scattered = |parts: &[Tensor]| {
+        let input = LinearLogprobsInput {
+            hidden: &hidden,
+            weight: &self.model.head.0,
+            bias: None,
+            ids: &ids,
+        };
+        let scores = linear_logprobs(input, options, None)?;
+        let scattered = |values: &Tensor| {
             Tensor::f_zeros(mask.size(), (Kind::Float, self.device()))?
-                .f_masked_scatter(&mask, &Tensor::f_cat(parts, 0)?)
+                .f_masked_scatter(&mask, values)
         };
         Ok(TokenLogprobs {
-            logprobs: scattered(&chosen)?,
-            entropy: match options.entropy {
-                true => Some(scattered(&entropies)?),
-                false => None,
-            },
+            logprobs: scattered(&scores.logprobs)?,
+            entropy: scores.entropy.as_ref().map(scattered).transpose()?,
             mask,
         })
     }

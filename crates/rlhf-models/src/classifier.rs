@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use rlhf_core::{Completions, Error as CoreError, Parameters, RewardModel, Scorer, SequenceBatch};
+use rlhf_scale::GradientCheckpointing;
 use tch::{Device, Kind, Tensor};
 
 use crate::config::{Head, label_count};
@@ -82,7 +83,9 @@ impl SequenceClassifier {
         let init = Init::Normal(config.initializer_range());
         weights.insert(SCORE.into(), fresh(seed, SCORE, &shape, init));
         let builder = Builder::from_weights(weights, model.model.device(), model.kind());
-        Self::build(config, builder, num_labels)
+        let mut classifier = Self::build(config, builder, num_labels)?;
+        classifier.model.checkpointing = model.model.checkpointing;
+        Ok(classifier)
     }
 
     fn build(config: ModelConfig, builder: Builder, labels: i64) -> Result<Self> {
@@ -143,7 +146,7 @@ impl SequenceClassifier {
     /// libtorch's.
     pub fn logits(&self, batch: &SequenceBatch) -> rlhf_core::Result<Tensor> {
         let packed = self.model.checked_packed(batch)?;
-        let hidden = self.model.trunk.hidden_states(&packed)?;
+        let hidden = self.model.hidden_states(&packed)?;
         let last = hidden.f_index_select(0, &packed.last_rows())?;
         let logits = self.model.head.linear.forward(&last)?;
         Ok(logits.f_to_kind(Kind::Float)?)
@@ -156,12 +159,32 @@ impl SequenceClassifier {
     pub fn try_clone(&self) -> Result<Self> {
         let weights = self.model.copied_weights()?;
         let builder = Builder::from_weights(weights, self.device(), self.kind());
-        Self::build(self.config().clone(), builder, self.num_labels())
+        let mut copy = Self::build(self.config().clone(), builder, self.num_labels())?;
+        copy.model.checkpointing = self.model.checkpointing;
+        Ok(copy)
     }
 
     /// Whether gradients are recorded for the weights.
     pub fn set_trainable(&mut self, trainable: bool) {
         self.model.set_trainable(trainable);
+    }
+
+    /// Which activations training keeps, and which it computes again.
+    pub fn gradient_checkpointing(&self) -> GradientCheckpointing {
+        self.model.checkpointing
+    }
+
+    /// Changes which activations training keeps.
+    ///
+    /// # Errors
+    /// Those of [`GradientCheckpointing::validate`].
+    pub fn set_gradient_checkpointing(
+        &mut self,
+        checkpointing: GradientCheckpointing,
+    ) -> Result<()> {
+        checkpointing.validate()?;
+        self.model.checkpointing = checkpointing;
+        Ok(())
     }
 }
 

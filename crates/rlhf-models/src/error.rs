@@ -209,6 +209,12 @@ impl Error {
     }
 }
 
+impl From<rlhf_scale::Error> for Error {
+    fn from(error: rlhf_scale::Error) -> Self {
+        Self::Core(error.into())
+    }
+}
+
 impl From<tch::TchError> for Error {
     fn from(error: tch::TchError) -> Self {
         Self::Core(error.into())

@@ -2,10 +2,11 @@
 //! value (Radford et al. 2019).
 
 use rlhf_core::Result;
+use rlhf_scale::GradientCheckpointing;
 use serde_json::{Map, Value, json};
 use tch::Tensor;
 
-use crate::attention::{Attention, Qkv};
+use crate::attention::{Attention, Qkv, SegmentAttention};
 use crate::config::{Fields, check_sizes};
 use crate::layers::{Activation, LayerNorm, Layout, Linear};
 use crate::weights::{Builder, Init};
@@ -234,13 +235,34 @@ impl Gpt2 {
         positions: &Tensor,
         attention: &mut dyn Attention,
     ) -> Result<Tensor> {
-        let tokens = Tensor::f_embedding(&self.token_embedding, ids, -1, false, false)?;
-        let positions = Tensor::f_embedding(&self.position_embedding, positions, -1, false, false)?;
-        let mut x = tokens.f_add(&positions)?;
+        let mut x = self.embed(ids, positions)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             x = block.forward(layer, &x, attention)?;
         }
         self.final_norm.forward(&x)
+    }
+
+    /// [`forward`](Self::forward), keeping the activations that `checkpointing` says.
+    pub(crate) fn forward_checkpointed(
+        &self,
+        ids: &Tensor,
+        positions: &Tensor,
+        attention: &SegmentAttention,
+        checkpointing: GradientCheckpointing,
+    ) -> Result<Tensor> {
+        let blocks = self.blocks.iter().enumerate().map(|(layer, block)| {
+            let (block, attention) = (block.share(), attention.clone());
+            move |x: &Tensor| block.forward(layer, x, &mut attention.clone())
+        });
+        let x = self.embed(ids, positions)?;
+        self.final_norm
+            .forward(&checkpointing.run(blocks.collect(), &x)?)
+    }
+
+    fn embed(&self, ids: &Tensor, positions: &Tensor) -> Result<Tensor> {
+        let tokens = Tensor::f_embedding(&self.token_embedding, ids, -1, false, false)?;
+        let positions = Tensor::f_embedding(&self.position_embedding, positions, -1, false, false)?;
+        Ok(tokens.f_add(&positions)?)
     }
 }
 
@@ -271,6 +293,19 @@ impl Block {
             activation: config.activation_function,
             heads: config.n_head,
             scale: config.attention_scale(layer),
+        }
+    }
+
+    /// The same weights under other handles.
+    fn share(&self) -> Self {
+        Self {
+            attention_norm: self.attention_norm.share(),
+            qkv: self.qkv.share(),
+            attention_output: self.attention_output.share(),
+            mlp_norm: self.mlp_norm.share(),
+            mlp_input: self.mlp_input.share(),
+            mlp_output: self.mlp_output.share(),
+            ..*self
         }
     }
 

@@ -43,6 +43,15 @@ impl Linear {
         }
     }
 
+    /// The same layer under another handle.
+    pub(crate) fn share(&self) -> Self {
+        Self {
+            weight: self.weight.shallow_clone(),
+            bias: self.bias.as_ref().map(Tensor::shallow_clone),
+            layout: self.layout,
+        }
+    }
+
     /// `[N, in]` to `[N, out]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok(match (self.layout, &self.bias) {
@@ -69,6 +78,15 @@ impl LayerNorm {
         }
     }
 
+    /// The same layer under another handle.
+    pub(crate) fn share(&self) -> Self {
+        Self {
+            weight: self.weight.shallow_clone(),
+            bias: self.bias.shallow_clone(),
+            epsilon: self.epsilon,
+        }
+    }
+
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let size = self.weight.size();
         Ok(x.f_layer_norm(
@@ -92,6 +110,14 @@ impl RmsNorm {
         Self {
             weight: builder.weight(&format!("{name}.weight"), &[size], Init::Ones),
             epsilon,
+        }
+    }
+
+    /// The same layer under another handle.
+    pub(crate) fn share(&self) -> Self {
+        Self {
+            weight: self.weight.shallow_clone(),
+            epsilon: self.epsilon,
         }
     }
 

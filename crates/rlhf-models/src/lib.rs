@@ -65,6 +65,7 @@ pub use error::{Error, Result, WeightProblem};
 pub use gpt2::Gpt2Config;
 pub use layers::Activation;
 pub use llama::LlamaConfig;
+pub use rlhf_scale::{CheckpointPolicy, GradientCheckpointing};
 pub use rope::{RopeConfig, RopeScaling};
 pub use tokenizer::Tokenizer;
 pub use value_head::ValueHeadModel;

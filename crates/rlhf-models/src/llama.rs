@@ -2,10 +2,11 @@
 //! arXiv 2307.09288; Llama 3, arXiv 2407.21783).
 
 use rlhf_core::Result;
+use rlhf_scale::GradientCheckpointing;
 use serde_json::{Map, Value, json};
 use tch::{Device, Tensor};
 
-use crate::attention::{Attention, Qkv};
+use crate::attention::{Attention, Qkv, SegmentAttention};
 use crate::config::{Fields, check_sizes};
 use crate::layers::{Activation, Layout, Linear, RmsNorm};
 use crate::rope::{Rope, RopeConfig, RopeScaling, Rotation};
@@ -232,6 +233,24 @@ impl Llama {
         }
         self.final_norm.forward(&x)
     }
+
+    /// [`forward`](Self::forward), keeping the activations that `checkpointing` says.
+    pub(crate) fn forward_checkpointed(
+        &self,
+        ids: &Tensor,
+        positions: &Tensor,
+        attention: &SegmentAttention,
+        checkpointing: GradientCheckpointing,
+    ) -> Result<Tensor> {
+        let x = Tensor::f_embedding(&self.token_embedding, ids, -1, false, false)?;
+        let rotation = self.rope.rotation(positions, x.kind())?;
+        let blocks = self.blocks.iter().enumerate().map(|(layer, block)| {
+            let (block, rotation, attention) = (block.share(), rotation.share(), attention.clone());
+            move |x: &Tensor| block.forward(layer, x, &rotation, &mut attention.clone())
+        });
+        self.final_norm
+            .forward(&checkpointing.run(blocks.collect(), &x)?)
+    }
 }
 
 impl Block {
@@ -266,6 +285,22 @@ impl Block {
             down,
             activation: config.hidden_act,
             head_dim: config.head_dim,
+        }
+    }
+
+    /// The same weights under other handles.
+    fn share(&self) -> Self {
+        Self {
+            attention_norm: self.attention_norm.share(),
+            query: self.query.share(),
+            key: self.key.share(),
+            value: self.value.share(),
+            attention_output: self.attention_output.share(),
+            mlp_norm: self.mlp_norm.share(),
+            gate: self.gate.share(),
+            up: self.up.share(),
+            down: self.down.share(),
+            ..*self
         }
     }
 

@@ -166,6 +166,14 @@ impl Rope {
 }
 
 impl Rotation {
+    /// The same tensors under another handle.
+    pub(crate) fn share(&self) -> Self {
+        Self {
+            cos: self.cos.shallow_clone(),
+            sin: self.sin.shallow_clone(),
+        }
+    }
+
     /// Turns `[N, heads, d]`; dimension `i` is paired with `i + d/2`.
     pub(crate) fn apply(&self, x: &Tensor) -> Result<Tensor> {
         let half = x.size()[2] / 2;

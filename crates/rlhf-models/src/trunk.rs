@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use rlhf_core::{PackedBatch, SequenceBatch};
+use rlhf_scale::GradientCheckpointing;
 use tch::{Device, Kind, Tensor};
 
 use crate::attention::{Attention, SegmentAttention};
@@ -51,9 +52,21 @@ impl Trunk {
     }
 
     /// `[N, H]` hidden states of a packed batch.
-    pub(crate) fn hidden_states(&self, batch: &PackedBatch) -> rlhf_core::Result<Tensor> {
-        let mut attention = SegmentAttention::new(&batch.segments);
-        self.forward(&batch.input_ids, &batch.position_ids, &mut attention)
+    fn hidden_states(
+        &self,
+        batch: &PackedBatch,
+        checkpointing: GradientCheckpointing,
+    ) -> rlhf_core::Result<Tensor> {
+        let (ids, positions) = (&batch.input_ids, &batch.position_ids);
+        let attention = SegmentAttention::new(&batch.segments);
+        match self {
+            Self::Gpt2(model) => {
+                model.forward_checkpointed(ids, positions, &attention, checkpointing)
+            }
+            Self::Llama(model) => {
+                model.forward_checkpointed(ids, positions, &attention, checkpointing)
+            }
+        }
     }
 }
 
@@ -63,6 +76,7 @@ pub(crate) struct Model<H> {
     pub(crate) trunk: Trunk,
     pub(crate) head: H,
     pub(crate) weights: WeightMap,
+    pub(crate) checkpointing: GradientCheckpointing,
 }
 
 impl<H> Model<H> {
@@ -84,6 +98,7 @@ impl<H> Model<H> {
             trunk,
             head,
             weights,
+            checkpointing: GradientCheckpointing::default(),
         })
     }
 
@@ -104,8 +119,13 @@ impl<H> Model<H> {
         let stored = weights.values().next().map_or(Kind::Float, Tensor::kind);
         let kind = options.kind.unwrap_or(stored);
         let builder = Builder::from_weights(weights, options.device, kind);
-        Self::build(config, builder, dir, |config, trunk, builder| {
+        options.gradient_checkpointing.validate()?;
+        let model = Self::build(config, builder, dir, |config, trunk, builder| {
             head(prepared, config, trunk, builder)
+        })?;
+        Ok(Self {
+            checkpointing: options.gradient_checkpointing,
+            ..model
         })
     }
 
@@ -129,6 +149,11 @@ impl<H> Model<H> {
                 Ok((name.clone(), copy))
             })
             .collect()
+    }
+
+    /// `[N, H]` hidden states of a packed batch, after the last norm.
+    pub(crate) fn hidden_states(&self, batch: &PackedBatch) -> rlhf_core::Result<Tensor> {
+        self.trunk.hidden_states(batch, self.checkpointing)
     }
 
     /// The packed layout of a batch that this model can read.

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use rlhf_core::{Error as CoreError, Parameters, SequenceBatch, ValueModel};
+use rlhf_scale::GradientCheckpointing;
 use tch::{Device, Kind, Tensor};
 
 use crate::classifier::SCORE;
@@ -86,11 +87,8 @@ impl ValueHeadModel {
             return Err(CoreError::config("num_labels", labels, reason).into());
         }
         let model = &classifier.model;
-        Self::build(
-            model.config.clone(),
-            model.copied_weights()?,
-            (model.device(), model.kind()),
-        )
+        let weights = model.copied_weights()?;
+        Self::build_like(model, weights)
     }
 
     /// A copy of a language model's trunk with a fresh head, normal with deviation
@@ -99,25 +97,23 @@ impl ValueHeadModel {
     /// # Errors
     /// libtorch's (out of memory).
     pub fn from_causal_lm(model: &CausalLm, seed: u64) -> Result<Self> {
-        let config = model.config().clone();
         let mut weights = model.model.copied_weights()?;
         weights.remove("lm_head.weight");
-        let width = config.hidden_size();
+        let width = model.config().hidden_size();
         let init = Init::Normal(1.0 / ((width + 1) as f64).sqrt());
         weights.insert(SCORE.into(), fresh(seed, SCORE, &[1, width], init));
-        Self::build(config, weights, (model.model.device(), model.kind()))
+        Self::build_like(&model.model, weights)
     }
 
-    fn build(
-        config: ModelConfig,
-        weights: WeightMap,
-        (device, kind): (Device, Kind),
-    ) -> Result<Self> {
+    /// A model of `weights` that is otherwise as `origin`.
+    fn build_like<H>(origin: &Model<H>, weights: WeightMap) -> Result<Self> {
         let layout = HeadLayout::of(&weights);
-        let builder = Builder::from_weights(weights, device, kind);
-        let model = Model::build(config, builder, Path::new(""), |config, _, builder| {
+        let builder = Builder::from_weights(weights, origin.device(), origin.kind());
+        let config = origin.config.clone();
+        let mut model = Model::build(config, builder, Path::new(""), |config, _, builder| {
             layout.build(config, builder)
         })?;
+        model.checkpointing = origin.checkpointing;
         Ok(Self { model })
     }
 
@@ -149,16 +145,30 @@ impl ValueHeadModel {
     /// # Errors
     /// libtorch's (out of memory).
     pub fn try_clone(&self) -> Result<Self> {
-        Self::build(
-            self.config().clone(),
-            self.model.copied_weights()?,
-            (self.device(), self.model.kind()),
-        )
+        Self::build_like(&self.model, self.model.copied_weights()?)
     }
 
     /// Whether gradients are recorded for the weights.
     pub fn set_trainable(&mut self, trainable: bool) {
         self.model.set_trainable(trainable);
+    }
+
+    /// Which activations training keeps, and which it computes again.
+    pub fn gradient_checkpointing(&self) -> GradientCheckpointing {
+        self.model.checkpointing
+    }
+
+    /// Changes which activations training keeps.
+    ///
+    /// # Errors
+    /// Those of [`GradientCheckpointing::validate`].
+    pub fn set_gradient_checkpointing(
+        &mut self,
+        checkpointing: GradientCheckpointing,
+    ) -> Result<()> {
+        checkpointing.validate()?;
+        self.model.checkpointing = checkpointing;
+        Ok(())
     }
 }
 
@@ -172,7 +182,7 @@ impl ValueModel for ValueHeadModel {
     /// Columns past a row's `R_i` are 0.
     fn values(&self, batch: &SequenceBatch) -> rlhf_core::Result<Tensor> {
         let packed = self.model.checked_packed(batch)?;
-        let hidden = self.model.trunk.hidden_states(&packed)?;
+        let hidden = self.model.hidden_states(&packed)?;
         let width = batch.max_response_len() as i64 + 1;
         // Row of the run and cell of the rectangle of every value.
         let (mut rows, mut cells) = (Vec::new(), Vec::new());

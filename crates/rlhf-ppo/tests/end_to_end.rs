@@ -78,7 +78,7 @@ impl Case {
         let dir = |role: &str| model_dir(self.param(role).as_str().unwrap());
         let options = LoadOptions {
             device: Device::Cpu,
-            kind: None,
+            ..LoadOptions::default()
         };
         PpoTrainer::new(
             self.config(),

@@ -1,9 +1,7 @@
 // What tch leaves out of libtorch: list operations (fused AdamW, foreach norms), writable gradients,
 // backward with output gradients, and tensors over memory that Rust owns.
-//
-// Every function returns NULL, or a message that the caller frees with free(). No exception crosses.
-// torch/torch.h is avoided on purpose: it multiplies the compile time.
-#include <ATen/core/Tensor.h>
+#include "guard.h"
+
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_copy.h>
@@ -15,40 +13,11 @@
 #include <ATen/ops/stack.h>
 #include <torch/csrc/autograd/autograd.h>
 
-#include <cstring>
-#include <exception>
 #include <memory>
-#include <vector>
 
 using at::Tensor;
-
-namespace {
-
-template <class Body>
-char* guarded(Body&& body) noexcept {
-  try {
-    body();
-    return nullptr;
-  } catch (const c10::Error& error) {
-    return strdup(error.what_without_backtrace());
-  } catch (const std::exception& error) {
-    return strdup(error.what());
-  } catch (...) {
-    return strdup("unknown C++ exception");
-  }
-}
-
-// A null pointer becomes an undefined tensor.
-std::vector<Tensor> list(Tensor* const* tensors, size_t count) {
-  std::vector<Tensor> result;
-  result.reserve(count);
-  for (size_t i = 0; i < count; i++) {
-    result.push_back(tensors[i] ? *tensors[i] : Tensor());
-  }
-  return result;
-}
-
-}  // namespace
+using rlhf::guarded;
+using rlhf::list;
 
 extern "C" {
 

@@ -150,6 +150,32 @@ pub enum Error {
         /// Device of the gradient.
         grad_device: Device,
     },
+    /// A tensor that a backward closure had saved was changed in place before it ran.
+    #[error(
+        "a saved tensor of shape {shape:?} was changed in place {changes} times before backward; \
+         save a copy, or change it later"
+    )]
+    SavedTensorChanged {
+        /// Shape of the tensor.
+        shape: Vec<i64>,
+        /// How often it was changed.
+        changes: u32,
+    },
+    /// Kinds that [`linear_logprobs`](crate::linear_logprobs) cannot compute with.
+    #[error(
+        "hidden is {hidden:?}, weight {weight:?}, bias {bias:?} and ids {ids:?}; the first three \
+         must be one of Float, BFloat16 and Half, the ids Int64"
+    )]
+    LogprobKinds {
+        /// Kind of the hidden states.
+        hidden: Kind,
+        /// Kind of the output layer.
+        weight: Kind,
+        /// Kind of its bias.
+        bias: Option<Kind>,
+        /// Kind of the token ids.
+        ids: Kind,
+    },
     /// Memory that cannot hold the tensor asked for.
     #[error("{bytes} bytes{alignment} cannot hold a {kind:?} tensor of shape {shape:?}")]
     Memory {
@@ -195,6 +221,16 @@ pub enum Error {
 impl From<tch::TchError> for Error {
     fn from(error: tch::TchError) -> Self {
         Self::Core(error.into())
+    }
+}
+
+/// For implementations of the model traits, which return the core's error.
+impl From<Error> for rlhf_core::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Core(error) => error,
+            other => Self::model(other),
+        }
     }
 }
 

@@ -3,6 +3,8 @@
 //! Safe wrappers are public to the crate; the invariants that C++ relies on are theirs to uphold.
 #![allow(unsafe_code)]
 
+pub(crate) mod autograd;
+
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::null_mut;

@@ -1,12 +1,19 @@
-//! Optimisers, schedules and the one update path of the `rlhf` crates.
+//! What libtorch's training needs beside what `tch` offers: bigger models in the memory one has, and
+//! the one update path of the `rlhf` crates.
 //!
-//! Every trainer hands its microbatch losses to [`Updater::update`], which does backward, the
-//! finite check, clipping, the fused AdamW step and the schedule, and which changes nothing when a
-//! step fails. Its options bring dynamic loss scaling for f16 weights ([`LossScale`],
-//! [`Precision`]), learning rates and weight decay by parameter name ([`ParamGroup`]) and averaged
-//! weights ([`EmaConfig`]). The pieces stand on their own too: [`AdamW`], [`Schedule`],
-//! [`LossScaler`], [`Ema`], [`clip_grad_norm`], [`backward`], and strict safetensors files in
-//! [`io`].
+//! - [`checkpoint`] and [`GradientCheckpointing`] compute activations again in backward instead of
+//!   keeping them.
+//! - [`linear_logprobs`] gives the log-probabilities of tokens without ever holding all logits.
+//! - [`custom_function`] puts a Rust closure into the autograd graph.
+//! - [`Updater::update`] takes microbatch losses and does backward, the finite check, clipping, the
+//!   fused AdamW step and the schedule, and changes nothing when a step fails. Its options bring
+//!   16-bit weights with f32 masters ([`Precision`]), dynamic loss scaling ([`LossScale`]), learning
+//!   rates and weight decay by parameter name ([`ParamGroup`]) and averaged weights
+//!   ([`EmaConfig`]).
+//! - The update's parts stand on their own too: [`AdamW`], [`Schedule`], [`LossScaler`], [`Ema`],
+//!   [`clip_grad_norm`], [`backward`], and strict safetensors files in [`io`].
+//!
+//! All of it works with plain `tch` code; nothing here knows a model.
 //!
 //! ```
 //! use rlhf_scale::{AdamWConfig, Error, Schedule, UpdateConfig, Updater};
@@ -32,12 +39,15 @@
 //! ```
 
 mod adamw;
+mod autograd;
+mod checkpoint;
 mod config;
 mod ema;
 mod error;
 mod ffi;
 mod gradients;
 pub mod io;
+mod linear_logprobs;
 mod loss_scale;
 mod param_group;
 mod precision;
@@ -45,12 +55,15 @@ mod schedule;
 mod updater;
 
 pub use adamw::AdamW;
+pub use autograd::{Saved, custom_function};
+pub use checkpoint::{Checkpoint, CheckpointPolicy, GradientCheckpointing, checkpoint};
 pub use config::{AdamWConfig, DecayRule, UpdateConfig};
 pub use ema::{AppliedEma, Ema, EmaConfig};
 pub use error::{Error, Result};
 pub use ffi::tensor_from_owner;
 pub use gradients::{Norm, backward, clear_grads, clip_grad_norm, clip_grad_norm_of, set_grad};
 pub use io::TensorProblem;
+pub use linear_logprobs::{LinearLogprobs, LinearLogprobsInput, linear_logprobs};
 pub use loss_scale::{LossScale, LossScaler};
 pub use param_group::ParamGroup;
 pub use precision::Precision;

@@ -1,0 +1,357 @@
+//! Time and memory of gradient checkpointing and of chunked log-probs, side by side with what they
+//! replace.
+//!
+//! `cargo bench --bench scaling -- checkpointing --python PYTHON` runs the same stack of transformer
+//! blocks here and, by turns, under `torch.utils.checkpoint` in a Python that has torch.
+//! `cargo bench --bench scaling -- logprobs` compares `linear_logprobs` with the plain computation,
+//! and `-- depth` shows how activations grow with the number of blocks under each policy. Every
+//! figure is taken in a process of its own, by turns; tables show medians and the least and the
+//! greatest.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Instant;
+
+use clap::{Parser, ValueEnum};
+use rlhf::core::LogprobOptions;
+use rlhf::scale::{
+    CheckpointPolicy, GradientCheckpointing, LinearLogprobsInput, clear_grads, linear_logprobs,
+};
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
+
+#[derive(Parser)]
+struct Options {
+    task: Task,
+    /// A Python with torch, for `checkpointing`.
+    #[arg(long)]
+    python: Option<PathBuf>,
+    /// Processes of each kind.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Threads of libtorch.
+    #[arg(long, default_value_t = 2)]
+    threads: i32,
+    /// What this process measures; set by the one that compares.
+    #[arg(long, hide = true)]
+    worker: Option<String>,
+    /// Given by cargo.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Task {
+    Checkpointing,
+    Logprobs,
+    Depth,
+}
+
+/// A stack of blocks and its input.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+struct Stack {
+    blocks: i64,
+    width: i64,
+    heads: i64,
+    rows: i64,
+    length: i64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Work {
+    stack: Option<Stack>,
+    /// Of the stack: `none`, `every_block`, ...; of the log-probs: `plain` or `chunked`.
+    how: String,
+    /// Bytes instead of seconds.
+    memory: bool,
+    threads: i32,
+    steps: usize,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    if let Some(work) = &options.worker {
+        let work: Work = serde_json::from_str(work)?;
+        tch::set_num_threads(work.threads);
+        println!("{}", measure(&work)?);
+        return Ok(());
+    }
+    match options.task {
+        Task::Checkpointing => checkpointing(&options),
+        Task::Logprobs => logprobs(&options),
+        Task::Depth => depth(&options),
+    }
+}
+
+fn checkpointing(options: &Options) -> Result<()> {
+    let stack = Stack {
+        blocks: 8,
+        width: 512,
+        heads: 8,
+        rows: 4,
+        length: 256,
+    };
+    let mut contestants = vec![
+        ("ours", "none"),
+        ("ours", "every_block"),
+        ("ours", "square_root"),
+    ];
+    if options.python.is_some() {
+        contestants.extend([
+            ("torch", "none"),
+            ("torch", "non_reentrant"),
+            ("torch", "reentrant"),
+        ]);
+    }
+    println!("8 blocks of width 512, 4 x 256 tokens, f32, forward and backward\n");
+    compare(options, Some(stack), &contestants)
+}
+
+fn logprobs(options: &Options) -> Result<()> {
+    println!("1,024 tokens, hidden size 768, vocabulary 50,000, f32, forward and backward\n");
+    let contestants = ["plain", "chunked", "plain_entropy", "chunked_entropy"];
+    compare(options, None, &contestants.map(|how| ("ours", how)))
+}
+
+fn compare(options: &Options, stack: Option<Stack>, contestants: &[(&str, &str)]) -> Result<()> {
+    let mut seconds = vec![Vec::new(); contestants.len()];
+    let mut bytes = vec![Vec::new(); contestants.len()];
+    for _ in 0..options.rounds {
+        for (i, (who, how)) in contestants.iter().enumerate() {
+            seconds[i].push(spawn(options, who, how, stack, false)?);
+            bytes[i].push(spawn(options, who, how, stack, true)?);
+        }
+    }
+    println!("| | seconds a step | peak MiB beyond weights and gradients |");
+    println!("|---|---|---|");
+    for (i, (who, how)) in contestants.iter().enumerate() {
+        let mib: Vec<f64> = bytes[i].iter().map(|b| b / (1 << 20) as f64).collect();
+        println!(
+            "| {who} {how} | {} | {} |",
+            spread(&seconds[i]),
+            spread(&mib)
+        );
+    }
+    Ok(())
+}
+
+fn depth(options: &Options) -> Result<()> {
+    println!("peak MiB beyond weights and gradients; width 128, 8 x 256 tokens, f32\n");
+    println!("| blocks | none | every_block | square_root |\n|---|---|---|---|");
+    for blocks in [4, 16, 64] {
+        let stack = Stack {
+            blocks,
+            width: 128,
+            heads: 4,
+            rows: 8,
+            length: 256,
+        };
+        let cell = |how: &str| -> Result<String> {
+            let bytes = spawn(options, "ours", how, Some(stack), true)?;
+            Ok(format!("{:.0}", bytes / (1 << 20) as f64))
+        };
+        let (none, every) = (cell("none")?, cell("every_block")?);
+        println!("| {blocks} | {none} | {every} | {} |", cell("square_root")?);
+    }
+    Ok(())
+}
+
+/// One figure from a fresh process.
+fn spawn(
+    options: &Options,
+    who: &str,
+    how: &str,
+    stack: Option<Stack>,
+    memory: bool,
+) -> Result<f64> {
+    let work = serde_json::to_string(&Work {
+        stack,
+        how: how.into(),
+        memory,
+        threads: options.threads,
+        steps: 3,
+    })?;
+    let mut command = match (who, &options.python) {
+        ("torch", Some(python)) => {
+            let script = concat!(
+                env!("CARGO_MANIFEST_DIR"),
+                "/benches/peers/checkpointing.py"
+            );
+            let mut command = Command::new(python);
+            command.args([script, &work]);
+            command
+        }
+        _ => {
+            let mut command = Command::new(std::env::current_exe()?);
+            command.args(["logprobs", "--worker", &work]);
+            command
+        }
+    };
+    command.env("OMP_NUM_THREADS", options.threads.to_string());
+    if memory {
+        // Freed tensors go back to the system at once, so that resident memory is what is in use.
+        command.env("MALLOC_MMAP_THRESHOLD_", "65536");
+    }
+    let output = command.output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    match text.trim().parse() {
+        Ok(figure) if output.status.success() => Ok(figure),
+        _ => Err(format!(
+            "{who} {how}: {text}{}",
+            String::from_utf8_lossy(&output.stderr)
+        )
+        .into()),
+    }
+}
+
+/// Seconds of a step, or the bytes that it needs beyond what was there before.
+fn measure(work: &Work) -> Result<f64> {
+    tch::manual_seed(1);
+    let mut step: Box<dyn FnMut() -> Result<()>> = match work.stack {
+        Some(stack) => stack_step(stack, policy(&work.how)?),
+        None => logprobs_step(&work.how),
+    };
+    step()?;
+    if work.memory {
+        let before = status_bytes("VmRSS:")?;
+        std::fs::write("/proc/self/clear_refs", "5")?;
+        step()?;
+        return Ok(status_bytes("VmHWM:")? - before);
+    }
+    let mut seconds = Vec::new();
+    for _ in 0..work.steps {
+        let start = Instant::now();
+        step()?;
+        seconds.push(start.elapsed().as_secs_f64());
+    }
+    Ok(median(&seconds))
+}
+
+fn policy(how: &str) -> Result<GradientCheckpointing> {
+    let policy: CheckpointPolicy = serde_json::from_value(how.into())?;
+    Ok(policy.into())
+}
+
+/// Forward and backward through the stack; gradients add up, so none is allocated after the first.
+fn stack_step(
+    stack: Stack,
+    checkpointing: GradientCheckpointing,
+) -> Box<dyn FnMut() -> Result<()>> {
+    let options = (Kind::Float, Device::Cpu);
+    let (d, heads) = (stack.width, stack.heads);
+    let parameter = |shape: &[i64]| (Tensor::randn(shape, options) * 0.02).set_requires_grad(true);
+    let vector = |value: f64| Tensor::full([d], value, options).set_requires_grad(true);
+    let weights: Vec<Vec<Tensor>> = (0..stack.blocks)
+        .map(|_| {
+            vec![
+                vector(1.0),
+                vector(0.0),
+                parameter(&[3 * d, d]),
+                parameter(&[d, d]),
+                vector(1.0),
+                vector(0.0),
+                parameter(&[4 * d, d]),
+                parameter(&[d, 4 * d]),
+            ]
+        })
+        .collect();
+    let input = Tensor::randn([stack.rows, stack.length, d], options);
+    Box::new(move || {
+        let blocks = weights.iter().map(|block| {
+            let w: Vec<Tensor> = block.iter().map(Tensor::shallow_clone).collect();
+            move |x: &Tensor| -> rlhf::scale::Result<Tensor> {
+                let (b, t) = (x.size()[0], x.size()[1]);
+                let qkv = x.layer_norm([d], Some(&w[0]), Some(&w[1]), 1e-5, true);
+                let qkv = qkv.f_linear(&w[2], None::<&Tensor>)?;
+                let qkv = qkv
+                    .view([b, t, 3, heads, d / heads])
+                    .permute([2, 0, 3, 1, 4]);
+                let qkv = qkv.unbind(0);
+                let attended = Tensor::f_scaled_dot_product_attention(
+                    &qkv[0],
+                    &qkv[1],
+                    &qkv[2],
+                    None::<&Tensor>,
+                    0.0,
+                    true,
+                    None,
+                    false,
+                )?;
+                let attended = attended.transpose(1, 2).reshape([b, t, d]);
+                let x = x.f_add(&attended.f_linear(&w[3], None::<&Tensor>)?)?;
+                let inner = x.layer_norm([d], Some(&w[4]), Some(&w[5]), 1e-5, true);
+                let inner = inner.f_linear(&w[6], None::<&Tensor>)?.f_gelu("none")?;
+                Ok(x.f_add(&inner.f_linear(&w[7], None::<&Tensor>)?)?)
+            }
+        });
+        let output = checkpointing.run(blocks.collect(), &input)?;
+        output.square().mean(Kind::Float).f_backward()?;
+        Ok(())
+    })
+}
+
+fn logprobs_step(how: &str) -> Box<dyn FnMut() -> Result<()>> {
+    let options = (Kind::Float, Device::Cpu);
+    let hidden = Tensor::randn([1024, 768], options).set_requires_grad(true);
+    let weight = (Tensor::randn([50_000, 768], options) * 0.05).set_requires_grad(true);
+    let ids = Tensor::randint(50_000, [1024], (Kind::Int64, Device::Cpu));
+    let entropy = how.ends_with("entropy");
+    let chunked = how.starts_with("chunked");
+    Box::new(move || {
+        let (logprobs, entropies) = if chunked {
+            let input = LinearLogprobsInput {
+                hidden: &hidden,
+                weight: &weight,
+                bias: None,
+                ids: &ids,
+            };
+            let options = LogprobOptions {
+                temperature: 1.0,
+                entropy,
+            };
+            let scores = linear_logprobs(input, &options, None)?;
+            (scores.logprobs, scores.entropy)
+        } else {
+            let all = hidden
+                .linear(&weight, None::<&Tensor>)
+                .log_softmax(-1, Kind::Float);
+            let entropies = entropy.then(|| {
+                -(all.exp() * &all).sum_dim_intlist([-1i64].as_slice(), false, Kind::Float)
+            });
+            (
+                all.gather(1, &ids.unsqueeze(1), false).squeeze_dim(1),
+                entropies,
+            )
+        };
+        let mut loss = logprobs.tanh().sum(Kind::Float);
+        if let Some(entropies) = entropies {
+            loss += entropies.sum(Kind::Float) * 0.01;
+        }
+        loss.f_backward()?;
+        clear_grads(&[hidden.shallow_clone()])?;
+        Ok(())
+    })
+}
+
+fn status_bytes(field: &str) -> Result<f64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find(|line| line.starts_with(field));
+    let kib = line.and_then(|line| line.split_whitespace().nth(1));
+    Ok(kib.ok_or("no such field")?.parse::<f64>()? * 1024.0)
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}
+
+fn spread(values: &[f64]) -> String {
+    let least = values.iter().copied().fold(f64::INFINITY, f64::min);
+    let greatest = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let digits = if greatest < 20.0 { 2 } else { 0 };
+    let median = median(values);
+    format!("{median:.digits$} ({least:.digits$} to {greatest:.digits$})")
+}
