@@ -53,7 +53,7 @@ struct Options {
     #[arg(long)]
     data: Option<PathBuf>,
     /// PPO steps.
-    #[arg(long, default_value_t = 24)]
+    #[arg(long, default_value_t = 28)]
     steps: u64,
     /// Texts of a PPO step.
     #[arg(long, default_value_t = 32)]
@@ -76,7 +76,7 @@ struct Options {
     #[arg(long)]
     constraint: bool,
     /// PPO's learning rate.
-    #[arg(long, default_value_t = 3e-4)]
+    #[arg(long, default_value_t = 5e-4)]
     lr: f64,
     /// Price of a nat of divergence, in standard deviations of the reward.
     #[arg(long, default_value_t = 0.05)]
@@ -198,6 +198,9 @@ impl Run {
                 ..UpdateConfig::default()
             },
             microbatch_size: REWARD_BATCH,
+            // Comparisons say nothing of how one text's scores compare with another's: keep them
+            // level, or that difference drowns what the policy can change.
+            center_coef: 0.1,
             ..RewardConfig::default()
         };
         let trainer = match &self.options.reward_model {
