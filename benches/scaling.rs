@@ -14,11 +14,11 @@ use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
 use rlhf::core::LogprobOptions;
+use rlhf::core::tch::{self, Device, Kind, Tensor};
 use rlhf::scale::{
     CheckpointPolicy, GradientCheckpointing, LinearLogprobsInput, clear_grads, linear_logprobs,
 };
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor};
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
