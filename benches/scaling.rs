@@ -8,6 +8,8 @@
 //! figure is taken in a process of its own, by turns; tables show medians and the least and the
 //! greatest.
 
+#![allow(clippy::print_stdout)]
+
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;

@@ -201,7 +201,6 @@ impl Run {
             // Comparisons say nothing of how one text's scores compare with another's: keep them
             // level, or that difference drowns what the policy can change.
             center_coef: 0.1,
-            ..RewardConfig::default()
         };
         let trainer = match &self.options.reward_model {
             Some(dir) => RewardTrainer::new(
