@@ -171,9 +171,7 @@ impl CausalLm {
         &mut self,
         checkpointing: GradientCheckpointing,
     ) -> Result<()> {
-        checkpointing.validate()?;
-        self.model.checkpointing = checkpointing;
-        Ok(())
+        self.model.set_checkpointing(checkpointing)
     }
 }
 

@@ -182,9 +182,7 @@ impl SequenceClassifier {
         &mut self,
         checkpointing: GradientCheckpointing,
     ) -> Result<()> {
-        checkpointing.validate()?;
-        self.model.checkpointing = checkpointing;
-        Ok(())
+        self.model.set_checkpointing(checkpointing)
     }
 }
 

@@ -226,8 +226,7 @@ impl Llama {
         positions: &Tensor,
         attention: &mut dyn Attention,
     ) -> Result<Tensor> {
-        let mut x = Tensor::f_embedding(&self.token_embedding, ids, -1, false, false)?;
-        let rotation = self.rope.rotation(positions, x.kind())?;
+        let (mut x, rotation) = self.embed(ids, positions)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             x = block.forward(layer, &x, &rotation, attention)?;
         }
@@ -242,14 +241,19 @@ impl Llama {
         attention: &SegmentAttention,
         checkpointing: GradientCheckpointing,
     ) -> Result<Tensor> {
-        let x = Tensor::f_embedding(&self.token_embedding, ids, -1, false, false)?;
-        let rotation = self.rope.rotation(positions, x.kind())?;
+        let (x, rotation) = self.embed(ids, positions)?;
         let blocks = self.blocks.iter().enumerate().map(|(layer, block)| {
             let (block, rotation, attention) = (block.share(), rotation.share(), attention.clone());
             move |x: &Tensor| block.forward(layer, x, &rotation, &mut attention.clone())
         });
         self.final_norm
             .forward(&checkpointing.run(blocks.collect(), &x)?)
+    }
+
+    fn embed(&self, ids: &Tensor, positions: &Tensor) -> Result<(Tensor, Rotation)> {
+        let x = Tensor::f_embedding(&self.token_embedding, ids, -1, false, false)?;
+        let rotation = self.rope.rotation(positions, x.kind())?;
+        Ok((x, rotation))
     }
 }
 

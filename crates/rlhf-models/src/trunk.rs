@@ -119,14 +119,11 @@ impl<H> Model<H> {
         let stored = weights.values().next().map_or(Kind::Float, Tensor::kind);
         let kind = options.kind.unwrap_or(stored);
         let builder = Builder::from_weights(weights, options.device, kind);
-        options.gradient_checkpointing.validate()?;
-        let model = Self::build(config, builder, dir, |config, trunk, builder| {
+        let mut model = Self::build(config, builder, dir, |config, trunk, builder| {
             head(prepared, config, trunk, builder)
         })?;
-        Ok(Self {
-            checkpointing: options.gradient_checkpointing,
-            ..model
-        })
+        model.set_checkpointing(options.gradient_checkpointing)?;
+        Ok(model)
     }
 
     pub(crate) fn save(&self, dir: &Path, head: Head, kind: Kind) -> Result<()> {
@@ -169,6 +166,12 @@ impl<H> Model<H> {
             .filter(|(_, tensor)| tensor.requires_grad())
             .map(|(name, tensor)| (name.clone(), tensor.shallow_clone()))
             .collect()
+    }
+
+    pub(crate) fn set_checkpointing(&mut self, checkpointing: GradientCheckpointing) -> Result<()> {
+        checkpointing.validate()?;
+        self.checkpointing = checkpointing;
+        Ok(())
     }
 
     pub(crate) fn set_trainable(&mut self, trainable: bool) {

@@ -166,9 +166,7 @@ impl ValueHeadModel {
         &mut self,
         checkpointing: GradientCheckpointing,
     ) -> Result<()> {
-        checkpointing.validate()?;
-        self.model.checkpointing = checkpointing;
-        Ok(())
+        self.model.set_checkpointing(checkpointing)
     }
 }
 
