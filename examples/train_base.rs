@@ -4,7 +4,7 @@
 //! cargo run --release --example train_base -- --data DIR --out DIR
 //! ```
 //!
-//! `--data` holds `train.jsonl` and `valid.jsonl`, as `scripts/make_debtldr.py` makes them. A run
+//! `--data` holds `base.jsonl` and `valid.jsonl`, as `scripts/make_debtldr.py --extract` makes them. A run
 //! that was stopped goes on where it was when the same command is given again.
 //!
 //! The loss is that of the summaries, plus `--text-weight` times that of the texts, on a random
@@ -40,8 +40,8 @@ type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 /// Trains a small GPT-2 for one-line summaries.
 #[derive(Debug, Parser, Serialize, Deserialize, PartialEq)]
 struct Options {
-    /// Folder with train.jsonl and valid.jsonl.
-    #[arg(long, default_value = "examples/data/debtldr")]
+    /// Folder with base.jsonl and valid.jsonl.
+    #[arg(long)]
     data: PathBuf,
     /// Folder of the model; checkpoints go to its subfolder `checkpoints`.
     #[arg(long, default_value = "runs/base")]
@@ -96,7 +96,7 @@ fn run() -> Result<()> {
     if options.threads > 0 {
         tch::set_num_threads(options.threads);
     }
-    let train = read_pairs(&options.data.join("train.jsonl"))?;
+    let train = read_pairs(&options.data.join("base.jsonl"))?;
     let valid = read_pairs(&options.data.join("valid.jsonl"))?;
     std::fs::create_dir_all(&options.out)?;
     if let Some(from) = &options.from {

@@ -4,7 +4,9 @@
 Needs Debian or Ubuntu with deb822 or one-line sources for the release that is wanted; no root, nothing is installed.
 
     make_debtldr.py OUT_DIR             the full set: fetch the descriptions with apt, filter, split
-    make_debtldr.py --extract FROM TO   the extract in examples/data/debtldr: draw it from a full set in FROM
+    make_debtldr.py --extract FROM TO   divide a full set in FROM: train.jsonl and valid.jsonl, the extract that
+                                        examples/data/debtldr holds, and base.jsonl, what examples/train_base.rs learns
+                                        from; no package family is in two of them
 
 The long description of a package is the text, the short one its summary. Pairs are kept where both read as prose, and
 split by package family (libfoo, python3-foo, foo-doc), so that no family is on both sides.
@@ -47,7 +49,7 @@ ADDRESS = re.compile(r"://|www\.|\b[a-z0-9-]+\.(org|com|net|io|de|fr)\b")
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
-    parser.add_argument("--extract", type=Path, metavar="FROM", help="draw the extract from the full set in FROM")
+    parser.add_argument("--extract", type=Path, metavar="FROM", help="divide the full set in FROM")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     parts = extract(options.extract) if options.extract else split(pairs(fetch_descriptions()))
@@ -146,12 +148,24 @@ def family(package):
 
 
 def extract(folder):
-    """All of the validation part, and pairs of the training part drawn without replacement with seed 0."""
+    """Validation whole; training divided by families, drawn with seed 0, so that what feedback is given on is new to the
+    base model."""
     full = {}
     for name in ("train", "valid"):
         with open(folder / f"{name}.jsonl") as file:
             full[name] = [json.loads(line) for line in file]
-    return {"train": random.Random(0).sample(full["train"], EXTRACT_TRAIN_PAIRS), "valid": full["valid"]}
+    families = collections.defaultdict(list)
+    for row in full["train"]:
+        families[family(row["package"])].append(row)
+    order = sorted(families)
+    random.Random(0).shuffle(order)
+    parts = {"train": [], "base": [], "valid": full["valid"]}
+    for name in order:
+        part = "train" if len(parts["train"]) + len(families[name]) <= EXTRACT_TRAIN_PAIRS else "base"
+        parts[part] += families[name]
+    for part in ("train", "base"):
+        random.Random(0).shuffle(parts[part])
+    return parts
 
 
 if __name__ == "__main__":
