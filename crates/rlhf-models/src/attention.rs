@@ -6,6 +6,8 @@ use std::sync::Arc;
 use rlhf_core::{Error, Result};
 use tch::Tensor;
 
+use crate::attention_spec::{AttentionSpec, Visible};
+
 /// Queries, keys and values of the tokens of a run.
 ///
 /// # Shapes
@@ -36,11 +38,11 @@ impl Qkv {
 /// What the tokens of a run may look at. A model's blocks are the same for training, prefill
 /// and decoding; only this differs.
 pub(crate) trait Attention {
-    /// Attends in layer `layer`; `scale` multiplies the products, `None` for `d^-1/2`.
+    /// Attends in layer `layer`, as `spec` says.
     ///
     /// # Shapes
     /// Returns `[N, heads * d]`.
-    fn attend(&mut self, layer: usize, qkv: &Qkv, scale: Option<f64>) -> Result<Tensor>;
+    fn attend(&mut self, layer: usize, qkv: &Qkv, spec: &AttentionSpec) -> Result<Tensor>;
 }
 
 /// Every sequence of a packed run on its own, each token looking at those before it.
@@ -71,9 +73,9 @@ impl SegmentAttention {
 }
 
 impl Attention for SegmentAttention {
-    fn attend(&mut self, _layer: usize, qkv: &Qkv, scale: Option<f64>) -> Result<Tensor> {
+    fn attend(&mut self, _layer: usize, qkv: &Qkv, spec: &AttentionSpec) -> Result<Tensor> {
         if let [run] = &*self.runs {
-            return causal(run, &qkv.query, &qkv.key, &qkv.value, scale);
+            return causal(run, &qkv.query, &qkv.key, &qkv.value, spec);
         }
         // One split instead of many narrows: the gradient of a narrow is as large as the whole
         // run, that of a split is one concatenation.
@@ -83,7 +85,7 @@ impl Attention for SegmentAttention {
         let value = qkv.value.f_split_with_sizes(sizes.as_slice(), 0)?;
         let mut outputs = Vec::with_capacity(self.runs.len());
         for (i, run) in self.runs.iter().enumerate() {
-            outputs.push(causal(run, &query[i], &key[i], &value[i], scale)?);
+            outputs.push(causal(run, &query[i], &key[i], &value[i], spec)?);
         }
         Ok(Tensor::f_cat(&outputs, 0)?)
     }
@@ -94,24 +96,15 @@ fn causal(
     query: &Tensor,
     key: &Tensor,
     value: &Tensor,
-    scale: Option<f64>,
+    spec: &AttentionSpec,
 ) -> Result<Tensor> {
     let rows = |t: &Tensor| -> Result<Tensor> {
         let size = t.size();
         Ok(t.f_view([run.rows, run.length, size[1], size[2]])?
             .transpose(1, 2))
     };
-    let grouped = query.size()[1] != key.size()[1];
-    let output = Tensor::f_scaled_dot_product_attention(
-        &rows(query)?,
-        &rows(key)?,
-        &rows(value)?,
-        None::<&Tensor>,
-        0.0,
-        true,
-        scale,
-        grouped,
-    )?;
+    let (q, k, v) = (rows(query)?, rows(key)?, rows(value)?);
+    let output = spec.attend(&q, &k, &v, Visible::Causal)?;
     let width = query.size()[1] * query.size()[2];
     Ok(output
         .transpose(1, 2)

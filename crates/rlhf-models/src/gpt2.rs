@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use tch::Tensor;
 
 use crate::attention::{Attention, Qkv, SegmentAttention};
+use crate::attention_spec::AttentionSpec;
 use crate::config::{Fields, check_sizes};
 use crate::layers::{Activation, LayerNorm, Layout, Linear};
 use crate::weights::{Builder, Init};
@@ -166,7 +167,7 @@ impl Gpt2Config {
         map
     }
 
-    fn attention_scale(&self, layer: i64) -> f64 {
+    fn attention(&self, layer: i64) -> AttentionSpec {
         let mut scale = 1.0;
         if self.scale_attn_weights {
             scale /= ((self.n_embd / self.n_head) as f64).sqrt();
@@ -174,7 +175,11 @@ impl Gpt2Config {
         if self.scale_attn_by_inverse_layer_idx {
             scale /= (layer + 1) as f64;
         }
-        scale
+        AttentionSpec {
+            scale,
+            window: None,
+            softcap: None,
+        }
     }
 }
 
@@ -195,7 +200,7 @@ struct Block {
     mlp_output: Linear,
     activation: Activation,
     heads: i64,
-    scale: f64,
+    attention: AttentionSpec,
 }
 
 impl Gpt2 {
@@ -292,7 +297,7 @@ impl Block {
             mlp_output,
             activation: config.activation_function,
             heads: config.n_head,
-            scale: config.attention_scale(layer),
+            attention: config.attention(layer),
         }
     }
 
@@ -313,7 +318,7 @@ impl Block {
         let qkv = self.qkv.forward(&self.attention_norm.forward(x)?)?;
         let qkv = qkv.f_view([-1, 3, self.heads, x.size()[1] / self.heads])?;
         let qkv = Qkv::from_parts(qkv.f_unbind(1)?)?;
-        let attended = attention.attend(layer, &qkv, Some(self.scale))?;
+        let attended = attention.attend(layer, &qkv, &self.attention)?;
         let x = x.f_add(&self.attention_output.forward(&attended)?)?;
         let inner = self.mlp_input.forward(&self.mlp_norm.forward(&x)?)?;
         let inner = self.activation.forward(&inner)?;

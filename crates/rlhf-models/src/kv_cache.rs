@@ -4,6 +4,7 @@ use rlhf_core::Result;
 use tch::{Device, Kind, Tensor};
 
 use crate::attention::{Attention, Qkv, SegmentAttention};
+use crate::attention_spec::{AttentionSpec, Visible};
 
 /// Keys and values of every layer, preallocated. Rows are aligned to the right: all write the
 /// same column next, and short prompts leave the first columns of their row unused.
@@ -113,7 +114,7 @@ impl<'a> PrefillAttention<'a> {
 }
 
 impl Attention for PrefillAttention<'_> {
-    fn attend(&mut self, layer: usize, qkv: &Qkv, scale: Option<f64>) -> Result<Tensor> {
+    fn attend(&mut self, layer: usize, qkv: &Qkv, spec: &AttentionSpec) -> Result<Tensor> {
         let cache = &mut *self.cache;
         cache.allocate(&qkv.key)?;
         let lengths = cache.lengths();
@@ -128,7 +129,7 @@ impl Attention for PrefillAttention<'_> {
                     .f_copy_(&part.transpose(0, 1))?;
             }
         }
-        self.segments.attend(layer, qkv, scale)
+        self.segments.attend(layer, qkv, spec)
     }
 }
 
@@ -146,26 +147,26 @@ impl<'a> StepAttention<'a> {
 }
 
 impl Attention for StepAttention<'_> {
-    fn attend(&mut self, layer: usize, qkv: &Qkv, scale: Option<f64>) -> Result<Tensor> {
+    fn attend(&mut self, layer: usize, qkv: &Qkv, spec: &AttentionSpec) -> Result<Tensor> {
         let cache = &mut *self.cache;
         let [rows, heads, width] = [0, 1, 2].map(|dim| qkv.query.size()[dim]);
+        let columns = cache.filled + 1;
+        // Rows are aligned to the right, so the window begins at one column for all.
+        let seen = spec.window.map_or(columns, |window| window.min(columns));
+        let first = columns - seen;
         let written = |all: &Tensor, new: &Tensor| -> Result<Tensor> {
             all.f_narrow(2, cache.filled, 1)?
                 .f_copy_(&new.unsqueeze(2))?;
-            Ok(all.f_narrow(2, 0, cache.filled + 1)?)
+            Ok(all.f_narrow(2, first, seen)?)
         };
         let keys = written(&cache.keys[layer], &qkv.key)?;
         let values = written(&cache.values[layer], &qkv.value)?;
-        let output = Tensor::f_scaled_dot_product_attention(
-            &qkv.query.unsqueeze(2),
-            &keys,
-            &values,
-            self.mask.as_ref(),
-            0.0,
-            false,
-            scale,
-            heads != qkv.key.size()[1],
-        )?;
+        let mask = match &self.mask {
+            Some(mask) => Some(mask.f_narrow(3, first, seen)?),
+            None => None,
+        };
+        let visible = mask.as_ref().map_or(Visible::All, Visible::Masked);
+        let output = spec.attend(&qkv.query.unsqueeze(2), &keys, &values, visible)?;
         Ok(output.f_reshape([rows, heads * width])?)
     }
 }

@@ -39,6 +39,7 @@
 //! crate, implement `Policy` of `rlhf-core`; the training crates do not depend on this one.
 
 mod attention;
+mod attention_spec;
 mod causal_lm;
 mod chat_template;
 mod checkpoint;

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Tensor};
 
 use crate::attention::{Attention, Qkv, SegmentAttention};
+use crate::attention_spec::AttentionSpec;
 use crate::config::{Fields, check_sizes};
 use crate::layers::{Activation, Layout, Linear, RmsNorm};
 use crate::rope::{Rope, RopeConfig, RopeScaling, Rotation};
@@ -326,7 +327,7 @@ impl Block {
             key: rotation.apply(&heads(&self.key)?)?,
             value: heads(&self.value)?,
         };
-        let attended = attention.attend(layer, &qkv, None)?;
+        let attended = attention.attend(layer, &qkv, &AttentionSpec::plain(self.head_dim))?;
         let x = x.f_add(&self.attention_output.forward(&attended)?)?;
         let normed = self.mlp_norm.forward(&x)?;
         let gate = self.activation.forward(&self.gate.forward(&normed)?)?;
