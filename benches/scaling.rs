@@ -308,6 +308,7 @@ fn logprobs_step(how: &str) -> Box<dyn FnMut() -> Result<()>> {
                 weight: &weight,
                 bias: None,
                 ids: &ids,
+                softcap: None,
             };
             let options = LogprobOptions {
                 temperature: 1.0,

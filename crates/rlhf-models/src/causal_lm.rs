@@ -45,17 +45,27 @@ pub struct CausalLm {
     pub(crate) model: Model<LmHead>,
 }
 
-/// `[V, H]`: a weight of its own, or the input embedding.
-pub(crate) struct LmHead(Tensor);
+/// The projection to the vocabulary.
+pub(crate) struct LmHead {
+    /// `[V, H]`: a weight of its own, or the input embedding.
+    weight: Tensor,
+    /// Bound of the logits.
+    softcap: Option<f64>,
+}
 
 impl LmHead {
     fn build(config: &ModelConfig, trunk: &Trunk, builder: &mut Builder) -> Self {
-        if config.ties_embeddings() {
-            return Self(trunk.token_embedding().shallow_clone());
+        let weight = if config.ties_embeddings() {
+            trunk.token_embedding().shallow_clone()
+        } else {
+            let shape = [config.vocab_size(), config.hidden_size()];
+            let init = Init::Normal(config.initializer_range());
+            builder.weight(config.head_name(), &shape, init)
+        };
+        Self {
+            weight,
+            softcap: config.logit_softcap(),
         }
-        let shape = [config.vocab_size(), config.hidden_size()];
-        let init = Init::Normal(config.initializer_range());
-        Self(builder.weight("lm_head.weight", &shape, init))
     }
 }
 
@@ -136,7 +146,12 @@ impl CausalLm {
     /// # Errors
     /// libtorch's.
     pub fn logits_of(&self, hidden: &Tensor) -> rlhf_core::Result<Tensor> {
-        Ok(hidden.f_linear(&self.model.head.0, None::<&Tensor>)?)
+        let LmHead { weight, softcap } = &self.model.head;
+        let logits = hidden.f_linear(weight, None::<&Tensor>)?;
+        Ok(match softcap {
+            Some(cap) => logits.f_div_scalar(*cap)?.f_tanh()?.f_mul_scalar(*cap)?,
+            None => logits,
+        })
     }
 
     /// A copy that shares no weight with this model; a reference policy, for one.
@@ -178,7 +193,7 @@ impl CausalLm {
 /// Checkpoints of tied models may hold the output layer all the same.
 fn drop_tied_head(config: &ModelConfig, weights: &mut WeightMap) {
     if config.ties_embeddings() {
-        weights.remove("lm_head.weight");
+        weights.remove(config.head_name());
     }
 }
 
@@ -225,8 +240,9 @@ impl Policy for CausalLm {
         let ids = batch.responses(0, self.device()).masked_select(&mask);
         let input = LinearLogprobsInput {
             hidden: &hidden,
-            weight: &self.model.head.0,
+            weight: &self.model.head.weight,
             bias: None,
+            softcap: self.model.head.softcap,
             ids: &ids,
         };
         let scores = linear_logprobs(input, options, None)?;

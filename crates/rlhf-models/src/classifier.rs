@@ -53,8 +53,8 @@ impl SequenceClassifier {
         let model = Model::load(
             dir,
             options,
-            |_, weights| {
-                weights.remove("lm_head.weight");
+            |config, weights| {
+                weights.remove(config.head_name());
                 let stored = weights
                     .get(SCORE)
                     .and_then(|score| score.size().first().copied());
@@ -78,7 +78,7 @@ impl SequenceClassifier {
         }
         let config = model.config().clone();
         let mut weights = model.model.copied_weights()?;
-        weights.remove("lm_head.weight");
+        weights.remove(config.head_name());
         let shape = [num_labels, config.hidden_size()];
         let init = Init::Normal(config.initializer_range());
         weights.insert(SCORE.into(), fresh(seed, SCORE, &shape, init));

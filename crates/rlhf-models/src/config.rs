@@ -6,10 +6,24 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use tch::Kind;
 
-use crate::{Error, Gpt2Config, LlamaConfig, Result};
+use crate::architecture::Architecture;
+use crate::trunk::Trunk;
+use crate::weights::Builder;
+use crate::{
+    Error, Gemma2Config, Gpt2Config, GptNeoxConfig, LlamaConfig, MistralConfig, Qwen2Config,
+    Qwen3Config, Result,
+};
 
 /// Every `model_type` that can be loaded.
-pub const SUPPORTED_ARCHITECTURES: &[&str] = &["gpt2", "llama"];
+pub const SUPPORTED_ARCHITECTURES: &[&str] = &[
+    "gemma2", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3",
+];
+
+/// Most of any size but the number of layers: more makes no model, and products of two stay in
+/// range.
+const MAX_SIZE: i64 = 1 << 28;
+/// Most layers; each that a file lacks is a problem to report.
+const MAX_LAYERS: i64 = 4096;
 
 /// A model's architecture with its sizes: `config.json`, resolved.
 #[derive(Debug, Clone, PartialEq)]
@@ -17,8 +31,18 @@ pub const SUPPORTED_ARCHITECTURES: &[&str] = &["gpt2", "llama"];
 pub enum ModelConfig {
     /// GPT-2.
     Gpt2(Gpt2Config),
-    /// Llama and its kin (SmolLM2 among them).
+    /// GPT-NeoX and Pythia.
+    GptNeox(GptNeoxConfig),
+    /// Llama and SmolLM.
     Llama(LlamaConfig),
+    /// Mistral.
+    Mistral(MistralConfig),
+    /// Qwen2 and Qwen2.5.
+    Qwen2(Qwen2Config),
+    /// Qwen3.
+    Qwen3(Qwen3Config),
+    /// Gemma 2.
+    Gemma2(Gemma2Config),
 }
 
 /// Ids with a meaning of their own.
@@ -51,27 +75,87 @@ impl ModelConfig {
 
     pub(crate) fn from_fields(fields: &Fields) -> Result<Self> {
         let model_type: String = fields.need("model_type")?;
-        match model_type.as_str() {
-            "gpt2" => Gpt2Config::from_fields(fields).map(Self::Gpt2),
-            "llama" => LlamaConfig::from_fields(fields).map(Self::Llama),
-            _ => Err(Error::UnknownArchitecture {
-                path: fields.path.clone(),
-                found: model_type,
-                supported: SUPPORTED_ARCHITECTURES,
-            }),
+        let config = match model_type.as_str() {
+            "gpt2" => Self::Gpt2(Gpt2Config::from_fields(fields)?),
+            "gpt_neox" => Self::GptNeox(GptNeoxConfig::from_fields(fields)?),
+            "llama" => Self::Llama(LlamaConfig::from_fields(fields)?),
+            "mistral" => Self::Mistral(MistralConfig::from_fields(fields)?),
+            "qwen2" => Self::Qwen2(Qwen2Config::from_fields(fields)?),
+            "qwen3" => Self::Qwen3(Qwen3Config::from_fields(fields)?),
+            "gemma2" => Self::Gemma2(Gemma2Config::from_fields(fields)?),
+            _ => {
+                return Err(Error::UnknownArchitecture {
+                    path: fields.path.clone(),
+                    found: model_type,
+                    supported: SUPPORTED_ARCHITECTURES,
+                });
+            }
+        };
+        config.validate().map_err(|error| fields.because(error))?;
+        Ok(config)
+    }
+
+    fn architecture(&self) -> &dyn Architecture {
+        match self {
+            Self::Gpt2(config) => config,
+            Self::GptNeox(config) => config,
+            Self::Llama(config) => config,
+            Self::Mistral(config) => config,
+            Self::Qwen2(config) => config,
+            Self::Qwen3(config) => config,
+            Self::Gemma2(config) => config,
         }
     }
 
+    fn architecture_mut(&mut self) -> &mut dyn Architecture {
+        match self {
+            Self::Gpt2(config) => config,
+            Self::GptNeox(config) => config,
+            Self::Llama(config) => config,
+            Self::Mistral(config) => config,
+            Self::Qwen2(config) => config,
+            Self::Qwen3(config) => config,
+            Self::Gemma2(config) => config,
+        }
+    }
+
+    pub(crate) fn build_trunk(&self, builder: &mut Builder) -> Result<Trunk> {
+        self.architecture().build(builder)
+    }
+
+    /// This crate's name for a weight: trunks are saved with and without the prefix that their
+    /// causal model gives them.
+    pub(crate) fn canonical_name(&self, name: String) -> String {
+        let names = self.architecture().names();
+        let of_head = [names.head, "score.", "v_head."]
+            .iter()
+            .any(|head| name.starts_with(head));
+        if of_head || name.starts_with(names.trunk) {
+            name
+        } else {
+            format!("{}{name}", names.trunk)
+        }
+    }
+
+    /// Name of the output layer's matrix.
+    pub(crate) fn head_name(&self) -> &'static str {
+        self.architecture().names().head
+    }
+
+    /// Bound of the output layer's logits: `cap * tanh(x / cap)`.
+    pub(crate) fn logit_softcap(&self) -> Option<f64> {
+        self.architecture().logit_softcap()
+    }
+
     pub(crate) fn to_json(&self, head: Head, kind: Kind) -> Value {
-        let (mut map, class, causal) = match self {
-            Self::Gpt2(config) => (config.to_json(), "GPT2", "LMHeadModel"),
-            Self::Llama(config) => (config.to_json(), "Llama", "ForCausalLM"),
-        };
+        let (mut map, names) = (self.architecture().to_json(), self.architecture().names());
         let suffix = match head {
-            Head::CausalLm => causal,
+            Head::CausalLm => names.causal_lm,
             Head::Classifier { .. } => "ForSequenceClassification",
         };
-        map.insert("architectures".into(), json!([format!("{class}{suffix}")]));
+        let class = format!("{}{suffix}", names.class);
+        map.insert("model_type".into(), json!(names.model_type));
+        map.insert("architectures".into(), json!([class]));
         // transformers 5 reads this spelling too; 4 reads no other.
         map.insert("torch_dtype".into(), json!(kind_name(kind)));
         if let Head::Classifier { labels } = head {
@@ -96,74 +180,47 @@ impl ModelConfig {
     /// # Errors
     /// [`InvalidConfig`](rlhf_core::Error::InvalidConfig), naming the field.
     pub fn validate(&self) -> rlhf_core::Result<()> {
-        match self {
-            Self::Gpt2(c) => c.validate(),
-            Self::Llama(c) => c.validate(),
-        }
+        self.architecture().validate()
     }
 
     /// Number of token ids.
     pub fn vocab_size(&self) -> i64 {
-        match self {
-            Self::Gpt2(c) => c.vocab_size,
-            Self::Llama(c) => c.vocab_size,
-        }
+        self.architecture().sizes().vocab_size
     }
 
     /// Width of the residual stream, `H`.
     pub fn hidden_size(&self) -> i64 {
-        match self {
-            Self::Gpt2(c) => c.n_embd,
-            Self::Llama(c) => c.hidden_size,
-        }
+        self.architecture().sizes().hidden_size
     }
 
     /// Number of transformer blocks.
     pub fn layers(&self) -> i64 {
-        match self {
-            Self::Gpt2(c) => c.n_layer,
-            Self::Llama(c) => c.num_hidden_layers,
-        }
+        self.architecture().sizes().layers
     }
 
     /// Most tokens of a sequence.
     pub fn max_length(&self) -> usize {
-        match self {
-            Self::Gpt2(c) => c.n_positions as usize,
-            Self::Llama(c) => c.max_position_embeddings as usize,
-        }
+        self.architecture().sizes().max_length as usize
     }
 
     /// Ids with a meaning of their own.
     pub fn special_tokens(&self) -> &SpecialTokens {
-        match self {
-            Self::Gpt2(c) => &c.special_tokens,
-            Self::Llama(c) => &c.special_tokens,
-        }
+        self.architecture().special_tokens()
     }
 
     /// Ids with a meaning of their own, to be changed.
     pub fn special_tokens_mut(&mut self) -> &mut SpecialTokens {
-        match self {
-            Self::Gpt2(c) => &mut c.special_tokens,
-            Self::Llama(c) => &mut c.special_tokens,
-        }
+        self.architecture_mut().special_tokens_mut()
     }
 
     /// Whether the output layer is the input embedding.
     pub fn ties_embeddings(&self) -> bool {
-        match self {
-            Self::Gpt2(c) => c.tie_word_embeddings,
-            Self::Llama(c) => c.tie_word_embeddings,
-        }
+        self.architecture().sizes().ties_embeddings
     }
 
     /// Standard deviation of freshly initialised weights.
     pub fn initializer_range(&self) -> f64 {
-        match self {
-            Self::Gpt2(c) => c.initializer_range,
-            Self::Llama(c) => c.initializer_range,
-        }
+        self.architecture().sizes().initializer_range
     }
 }
 
@@ -245,6 +302,18 @@ impl Fields {
         }
     }
 
+    /// The value of a field; `default` where it is absent, `None` where it is null.
+    pub(crate) fn get_or<T: DeserializeOwned>(
+        &self,
+        field: &str,
+        default: Option<T>,
+    ) -> Result<Option<T>> {
+        match self.map.contains_key(field) {
+            true => self.get(field),
+            false => Ok(default),
+        }
+    }
+
     pub(crate) fn need<T: DeserializeOwned>(&self, field: &str) -> Result<T> {
         self.get(field)?.ok_or_else(|| Error::MissingField {
             path: self.path.clone(),
@@ -270,15 +339,28 @@ impl Fields {
     }
 }
 
-/// Fails unless every size is at least 1.
+/// Fails unless every size is at least 1 and one that models have.
 pub(crate) fn check_sizes(sizes: &[(&'static str, i64)]) -> rlhf_core::Result<()> {
-    match sizes.iter().find(|(_, size)| *size < 1) {
-        Some(&(field, size)) => {
+    for &(field, size) in sizes {
+        if size < 1 {
             let reason = "it must be at least 1";
-            Err(rlhf_core::Error::config(field, size, reason))
+            return Err(rlhf_core::Error::config(field, size, reason));
         }
-        None => Ok(()),
+        if size > MAX_SIZE {
+            let reason = "no model is as large as that";
+            return Err(rlhf_core::Error::config(field, size, reason));
+        }
     }
+    Ok(())
+}
+
+/// Fails for more layers than any model has.
+pub(crate) fn check_layers(field: &'static str, layers: i64) -> rlhf_core::Result<()> {
+    if layers > MAX_LAYERS {
+        let reason = "no model is as deep as that";
+        return Err(rlhf_core::Error::config(field, layers, reason));
+    }
+    Ok(())
 }
 
 fn kind_name(kind: Kind) -> &'static str {

@@ -2,14 +2,16 @@
 //! value (Radford et al. 2019).
 
 use rlhf_core::Result;
-use rlhf_scale::GradientCheckpointing;
 use serde_json::{Map, Value, json};
 use tch::Tensor;
 
-use crate::attention::{Attention, Qkv, SegmentAttention};
+use crate::architecture::{Architecture, Names, Sizes};
+use crate::attention::{Attention, Qkv};
 use crate::attention_spec::AttentionSpec;
-use crate::config::{Fields, check_sizes};
+use crate::config::{Fields, check_layers, check_sizes};
 use crate::layers::{Activation, LayerNorm, Layout, Linear};
+use crate::rope::{Rope, Rotation};
+use crate::trunk::{Block, Embedding, Norm, Trunk};
 use crate::weights::{Builder, Init};
 use crate::{Error, SpecialTokens};
 
@@ -88,7 +90,7 @@ impl Gpt2Config {
         if fields.get("add_cross_attention")?.unwrap_or(false) {
             return Err(fields.invalid("add_cross_attention", "only decoders are supported"));
         }
-        let config = Self {
+        Ok(Self {
             vocab_size: fields.need("vocab_size")?,
             n_positions: fields.need("n_positions")?,
             n_embd: fields.need("n_embd")?,
@@ -113,16 +115,54 @@ impl Gpt2Config {
             embd_pdrop: fields.get("embd_pdrop")?.unwrap_or(0.1),
             attn_pdrop: fields.get("attn_pdrop")?.unwrap_or(0.1),
             special_tokens: SpecialTokens::from_fields(fields)?,
-        };
-        config.validate().map_err(|error| fields.because(error))?;
-        Ok(config)
+        })
     }
 
-    /// Fails for sizes that make no model.
-    ///
-    /// # Errors
-    /// [`InvalidConfig`](rlhf_core::Error::InvalidConfig), naming the field.
-    pub fn validate(&self) -> Result<()> {
+    fn attention(&self, layer: i64) -> AttentionSpec {
+        let mut scale = 1.0;
+        if self.scale_attn_weights {
+            scale /= ((self.n_embd / self.n_head) as f64).sqrt();
+        }
+        if self.scale_attn_by_inverse_layer_idx {
+            scale /= (layer + 1) as f64;
+        }
+        AttentionSpec {
+            scale,
+            window: None,
+            softcap: None,
+        }
+    }
+}
+
+impl Architecture for Gpt2Config {
+    fn names(&self) -> Names {
+        Names {
+            causal_lm: "LMHeadModel",
+            trunk: "transformer.",
+            ..Names::usual("gpt2", "GPT2")
+        }
+    }
+
+    fn sizes(&self) -> Sizes {
+        Sizes {
+            vocab_size: self.vocab_size,
+            hidden_size: self.n_embd,
+            layers: self.n_layer,
+            max_length: self.n_positions,
+            ties_embeddings: self.tie_word_embeddings,
+            initializer_range: self.initializer_range,
+        }
+    }
+
+    fn special_tokens(&self) -> &SpecialTokens {
+        &self.special_tokens
+    }
+
+    fn special_tokens_mut(&mut self) -> &mut SpecialTokens {
+        &mut self.special_tokens
+    }
+
+    fn validate(&self) -> Result<()> {
         check_sizes(&[
             ("vocab_size", self.vocab_size),
             ("n_positions", self.n_positions),
@@ -135,13 +175,12 @@ impl Gpt2Config {
             let reason = "it must divide n_embd";
             return Err(rlhf_core::Error::config("n_head", self.n_head, reason));
         }
-        Ok(())
+        check_layers("n_layer", self.n_layer)
     }
 
-    pub(crate) fn to_json(&self) -> Map<String, Value> {
+    fn to_json(&self) -> Map<String, Value> {
         let mut map = Map::new();
         for (field, value) in [
-            ("model_type", json!("gpt2")),
             ("vocab_size", json!(self.vocab_size)),
             ("n_positions", json!(self.n_positions)),
             ("n_embd", json!(self.n_embd)),
@@ -167,31 +206,27 @@ impl Gpt2Config {
         map
     }
 
-    fn attention(&self, layer: i64) -> AttentionSpec {
-        let mut scale = 1.0;
-        if self.scale_attn_weights {
-            scale /= ((self.n_embd / self.n_head) as f64).sqrt();
-        }
-        if self.scale_attn_by_inverse_layer_idx {
-            scale /= (layer + 1) as f64;
-        }
-        AttentionSpec {
-            scale,
-            window: None,
-            softcap: None,
-        }
+    fn build(&self, builder: &mut Builder) -> Result<Trunk, Error> {
+        let (width, range) = (self.n_embd, self.initializer_range);
+        let (tokens, positions) = ("transformer.wte.weight", "transformer.wpe.weight");
+        let embedding = Embedding::build(builder, tokens, (self.vocab_size, width), range);
+        let shape = [self.n_positions, width];
+        let positions = builder.weight(positions, &shape, Init::Normal(range));
+        let blocks = (0..self.n_layer)
+            .map(|layer| Box::new(Gpt2Block::build(self, layer, builder)) as Box<dyn Block>)
+            .collect();
+        let epsilon = self.layer_norm_epsilon;
+        let norm = LayerNorm::build(builder, "transformer.ln_f", width, epsilon);
+        Ok(Trunk {
+            embedding: embedding.with_positions(positions),
+            rope: Rope::none(),
+            blocks,
+            final_norm: Norm::Layer(norm),
+        })
     }
 }
 
-/// Embeddings and blocks.
-pub(crate) struct Gpt2 {
-    token_embedding: Tensor,
-    position_embedding: Tensor,
-    blocks: Vec<Block>,
-    final_norm: LayerNorm,
-}
-
-struct Block {
+struct Gpt2Block {
     attention_norm: LayerNorm,
     qkv: Linear,
     attention_output: Linear,
@@ -203,75 +238,7 @@ struct Block {
     attention: AttentionSpec,
 }
 
-impl Gpt2 {
-    pub(crate) fn build(config: &Gpt2Config, builder: &mut Builder) -> Self {
-        let normal = Init::Normal(config.initializer_range);
-        let width = config.n_embd;
-        let token_embedding = builder.weight(
-            "transformer.wte.weight",
-            &[config.vocab_size, width],
-            normal,
-        );
-        let position_embedding = builder.weight(
-            "transformer.wpe.weight",
-            &[config.n_positions, width],
-            normal,
-        );
-        let blocks = (0..config.n_layer)
-            .map(|layer| Block::build(config, layer, builder))
-            .collect();
-        let epsilon = config.layer_norm_epsilon;
-        Self {
-            token_embedding,
-            position_embedding,
-            blocks,
-            final_norm: LayerNorm::build(builder, "transformer.ln_f", width, epsilon),
-        }
-    }
-
-    pub(crate) fn token_embedding(&self) -> &Tensor {
-        &self.token_embedding
-    }
-
-    /// `[N]` ids and positions to `[N, H]` hidden states.
-    pub(crate) fn forward(
-        &self,
-        ids: &Tensor,
-        positions: &Tensor,
-        attention: &mut dyn Attention,
-    ) -> Result<Tensor> {
-        let mut x = self.embed(ids, positions)?;
-        for (layer, block) in self.blocks.iter().enumerate() {
-            x = block.forward(layer, &x, attention)?;
-        }
-        self.final_norm.forward(&x)
-    }
-
-    /// [`forward`](Self::forward), keeping the activations that `checkpointing` says.
-    pub(crate) fn forward_checkpointed(
-        &self,
-        ids: &Tensor,
-        positions: &Tensor,
-        attention: &SegmentAttention,
-        checkpointing: GradientCheckpointing,
-    ) -> Result<Tensor> {
-        let blocks = self.blocks.iter().enumerate().map(|(layer, block)| {
-            let (block, attention) = (block.share(), attention.clone());
-            move |x: &Tensor| block.forward(layer, x, &mut attention.clone())
-        });
-        let x = self.embed(ids, positions)?;
-        self.final_norm
-            .forward(&checkpointing.run(blocks.collect(), &x)?)
-    }
-
-    fn embed(&self, ids: &Tensor, positions: &Tensor) -> Result<Tensor> {
-        let tokens = Tensor::f_embedding(&self.token_embedding, ids, -1, false, false)?;
-        let positions = Tensor::f_embedding(&self.position_embedding, positions, -1, false, false)?;
-        Ok(tokens.f_add(&positions)?)
-    }
-}
-
-impl Block {
+impl Gpt2Block {
     fn build(config: &Gpt2Config, layer: i64, builder: &mut Builder) -> Self {
         let name = |part: &str| format!("transformer.h.{layer}.{part}");
         let (width, epsilon) = (config.n_embd, config.layer_norm_epsilon);
@@ -300,10 +267,11 @@ impl Block {
             attention: config.attention(layer),
         }
     }
+}
 
-    /// The same weights under other handles.
-    fn share(&self) -> Self {
-        Self {
+impl Block for Gpt2Block {
+    fn share(&self) -> Box<dyn Block> {
+        Box::new(Self {
             attention_norm: self.attention_norm.share(),
             qkv: self.qkv.share(),
             attention_output: self.attention_output.share(),
@@ -311,10 +279,16 @@ impl Block {
             mlp_input: self.mlp_input.share(),
             mlp_output: self.mlp_output.share(),
             ..*self
-        }
+        })
     }
 
-    fn forward(&self, layer: usize, x: &Tensor, attention: &mut dyn Attention) -> Result<Tensor> {
+    fn forward(
+        &self,
+        layer: usize,
+        x: &Tensor,
+        _rotation: &Rotation,
+        attention: &mut dyn Attention,
+    ) -> Result<Tensor> {
         let qkv = self.qkv.forward(&self.attention_norm.forward(x)?)?;
         let qkv = qkv.f_view([-1, 3, self.heads, x.size()[1] / self.heads])?;
         let qkv = Qkv::from_parts(qkv.f_unbind(1)?)?;

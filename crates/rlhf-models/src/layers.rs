@@ -103,6 +103,16 @@ impl LayerNorm {
 pub(crate) struct RmsNorm {
     weight: Tensor,
     epsilon: f64,
+    scale: RmsScale,
+}
+
+/// What a dimension is multiplied by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum RmsScale {
+    /// The weight.
+    Weight,
+    /// One more than the weight, as in Gemma.
+    OneMore,
 }
 
 impl RmsNorm {
@@ -110,6 +120,16 @@ impl RmsNorm {
         Self {
             weight: builder.weight(&format!("{name}.weight"), &[size], Init::Ones),
             epsilon,
+            scale: RmsScale::Weight,
+        }
+    }
+
+    /// One whose weights are what the scales have more than one.
+    pub(crate) fn around_one(builder: &mut Builder, name: &str, size: i64, epsilon: f64) -> Self {
+        Self {
+            weight: builder.weight(&format!("{name}.weight"), &[size], Init::Zeros),
+            epsilon,
+            scale: RmsScale::OneMore,
         }
     }
 
@@ -117,7 +137,7 @@ impl RmsNorm {
     pub(crate) fn share(&self) -> Self {
         Self {
             weight: self.weight.shallow_clone(),
-            epsilon: self.epsilon,
+            ..*self
         }
     }
 
@@ -128,10 +148,15 @@ impl RmsNorm {
             .f_square()?
             .f_mean_dim([-1i64].as_slice(), true, Kind::Float)?;
         let scale = mean.f_add_scalar(self.epsilon)?.f_rsqrt()?;
-        Ok(wide
-            .f_mul(&scale)?
-            .f_to_kind(x.kind())?
-            .f_mul(&self.weight)?)
+        let normed = wide.f_mul(&scale)?;
+        Ok(match self.scale {
+            RmsScale::Weight => normed.f_to_kind(x.kind())?.f_mul(&self.weight)?,
+            // Gemma rounds after the product.
+            RmsScale::OneMore => {
+                let scales = self.weight.f_to_kind(Kind::Float)?.f_add_scalar(1.0)?;
+                normed.f_mul(&scales)?.f_to_kind(x.kind())?
+            }
+        })
     }
 }
 

@@ -3,7 +3,8 @@
 //! A folder in the layout of the Hugging Face hub (`config.json`, `model.safetensors`,
 //! `tokenizer.json`) becomes a [`CausalLm`] that the trainers take as a policy, a
 //! [`SequenceClassifier`] that judges, or a [`ValueHeadModel`], and a folder again that
-//! transformers reads. GPT-2 and Llama are here ([`SUPPORTED_ARCHITECTURES`]).
+//! transformers reads. GPT-2, GPT-NeoX (Pythia), Llama (SmolLM), Mistral,
+//! Qwen2, Qwen3 and Gemma 2 are here ([`SUPPORTED_ARCHITECTURES`]).
 //!
 //! ```
 //! use rlhf_models::core::{GenerationConfig, RngStreams, generate};
@@ -38,6 +39,7 @@
 //! [`data`] reads datasets, one JSON object a line. To train a model of your own, not of this
 //! crate, implement `Policy` of `rlhf-core`; the training crates do not depend on this one.
 
+mod architecture;
 mod attention;
 mod attention_spec;
 mod causal_lm;
@@ -48,12 +50,22 @@ mod config;
 pub mod data;
 mod decoder;
 mod error;
+mod gated_mlp;
+mod gemma2;
 mod gpt2;
+mod gpt_neox;
 mod kv_cache;
+mod layer_windows;
 mod layers;
 mod llama;
+mod mistral;
+mod pre_norm;
+mod qwen2;
+mod qwen3;
 mod rope;
+mod self_attention;
 mod tokenizer;
+mod transformer_config;
 mod trunk;
 mod value_head;
 mod weights;
@@ -63,12 +75,19 @@ pub use chat_template::ChatMessage;
 pub use classifier::SequenceClassifier;
 pub use config::{ModelConfig, SUPPORTED_ARCHITECTURES, SpecialTokens};
 pub use error::{Error, Result, WeightProblem};
+pub use gemma2::Gemma2Config;
+pub use gpt_neox::GptNeoxConfig;
 pub use gpt2::Gpt2Config;
+pub use layer_windows::SlidingWindow;
 pub use layers::Activation;
 pub use llama::LlamaConfig;
+pub use mistral::MistralConfig;
+pub use qwen2::Qwen2Config;
+pub use qwen3::Qwen3Config;
 pub use rlhf_scale::{CheckpointPolicy, GradientCheckpointing};
 pub use rope::{RopeConfig, RopeScaling};
 pub use tokenizer::Tokenizer;
+pub use transformer_config::TransformerConfig;
 pub use value_head::ValueHeadModel;
 
 pub use rlhf_core as core;

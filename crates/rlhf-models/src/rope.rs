@@ -1,11 +1,15 @@
 //! Rotary position embeddings (Su et al. 2021, arXiv 2104.09864).
 
-use rlhf_core::Result;
+use rlhf_core::{Error as CoreError, Result};
 use serde_json::{Map, Value, json};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::Error;
 use crate::config::Fields;
+
+mod frequencies;
+
+use frequencies::frequencies;
 
 /// How fast the pairs of a head's dimensions turn with the position.
 #[derive(Debug, Clone, PartialEq)]
@@ -27,6 +31,15 @@ pub enum RopeScaling {
         /// The factor.
         factor: f64,
     },
+    /// The base grows with the longest sequence of a batch, once it is longer than the original
+    /// context ("dynamic NTK"). Results for such a batch depend on that length, as in
+    /// transformers.
+    Dynamic {
+        /// How many times longer the context may be.
+        factor: f64,
+        /// Context length of pre-training.
+        original_max_position_embeddings: f64,
+    },
     /// Low frequencies divided by a factor, high ones kept, those between interpolated
     /// (Llama 3.1).
     Llama3 {
@@ -39,44 +52,174 @@ pub enum RopeScaling {
         /// Context length of pre-training.
         original_max_position_embeddings: f64,
     },
+    /// The like, with bands given in turns over the original context, and sharper attention
+    /// (Peng et al. 2023, arXiv 2309.00071).
+    Yarn {
+        /// Divides the low frequencies.
+        factor: f64,
+        /// Multiplies cosines and sines.
+        attention_factor: f64,
+        /// Pairs that turn more often than this over the original context are kept.
+        beta_fast: f64,
+        /// Pairs that turn less often than this are divided.
+        beta_slow: f64,
+        /// Whether the bands begin and end at whole pairs.
+        truncate: bool,
+        /// Context length of pre-training.
+        original_max_position_embeddings: f64,
+    },
 }
 
+/// A head has no more dimensions than this.
+const MAX_WIDTH: i64 = 1 << 16;
+
 impl RopeConfig {
-    /// Reads `rope_parameters`, the layout of transformers 5, or else `rope_theta` with
-    /// `rope_scaling`, that of transformers 4.
-    pub(crate) fn from_fields(fields: &Fields) -> Result<Self, Error> {
-        let theta: Option<f64> = fields.get("rope_theta")?;
-        let (name, map) = match fields.get::<Map<String, Value>>("rope_parameters")? {
-            Some(map) => ("rope_parameters", map),
-            None => (
-                "rope_scaling",
-                fields.get("rope_scaling")?.unwrap_or_default(),
-            ),
+    /// Reads `rope_parameters`, the layout of transformers 5, or else `rope_theta` (GPT-NeoX:
+    /// `rotary_emb_base`) with `rope_scaling`, that of transformers 4.
+    pub(crate) fn from_fields(
+        fields: &Fields,
+        max_position_embeddings: i64,
+    ) -> Result<Self, Error> {
+        let Parameters { name, map } = Parameters::read(fields)?;
+        let number = |key: &str| match map.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => value.as_f64().map(Some).ok_or_else(|| {
+                let reason = format!("`{key}` must be a number");
+                fields.invalid(name, reason)
+            }),
         };
-        let number = |key: &str| map.get(key).and_then(Value::as_f64);
         let need = |key: &str| {
-            number(key).ok_or_else(|| Error::MissingField {
+            number(key)?.ok_or_else(|| Error::MissingField {
                 path: fields.path.clone(),
                 field: format!("{name}.{key}"),
             })
         };
         let kind = map.get("rope_type").or_else(|| map.get("type"));
-        let scaling = match kind.map_or(Some("default"), Value::as_str) {
-            Some("default") => RopeScaling::Default,
-            Some("linear") => RopeScaling::Linear {
+        let kind = match kind {
+            None => "default",
+            Some(kind) => kind.as_str().unwrap_or(""),
+        };
+        // Files say it in the parameters, or beside them, or leave it to be the whole context.
+        let original = || -> Result<f64, Error> {
+            let key = "original_max_position_embeddings";
+            let found = match number(key)? {
+                Some(found) => Some(found),
+                None => fields.get(key)?,
+            };
+            Ok(found.unwrap_or(max_position_embeddings as f64))
+        };
+        let scaling = match kind {
+            "default" => RopeScaling::Default,
+            "linear" => RopeScaling::Linear {
                 factor: need("factor")?,
             },
-            Some("llama3") => RopeScaling::Llama3 {
+            "dynamic" => RopeScaling::Dynamic {
+                factor: need("factor")?,
+                original_max_position_embeddings: max_position_embeddings as f64,
+            },
+            "llama3" => RopeScaling::Llama3 {
                 factor: need("factor")?,
                 low_freq_factor: need("low_freq_factor")?,
                 high_freq_factor: need("high_freq_factor")?,
-                original_max_position_embeddings: need("original_max_position_embeddings")?,
+                original_max_position_embeddings: original()?,
             },
-            _ => return Err(fields.invalid(name, "supported types: default, linear, llama3")),
+            "yarn" => {
+                let original = original()?;
+                let factor = match number("factor")? {
+                    Some(factor) => factor,
+                    None => max_position_embeddings as f64 / original,
+                };
+                let mscales = (number("mscale")?, number("mscale_all_dim")?);
+                let attention_factor = number("attention_factor")?;
+                RopeScaling::Yarn {
+                    factor,
+                    attention_factor: attention_factor
+                        .unwrap_or_else(|| yarn_attention_factor(factor, mscales)),
+                    beta_fast: number("beta_fast")?.unwrap_or(32.0),
+                    beta_slow: number("beta_slow")?.unwrap_or(1.0),
+                    truncate: map.get("truncate").and_then(Value::as_bool).unwrap_or(true),
+                    original_max_position_embeddings: original,
+                }
+            }
+            _ => {
+                let reason = "supported types: default, linear, dynamic, llama3, yarn";
+                return Err(fields.invalid(name, reason));
+            }
+        };
+        let theta = match number("rope_theta")? {
+            Some(theta) => Some(theta),
+            None => fields.get("rope_theta")?.or(fields.get("rotary_emb_base")?),
         };
         // 10000 is what transformers takes where a config says nothing.
-        let theta = number("rope_theta").or(theta).unwrap_or(10_000.0);
+        let theta = theta.unwrap_or(10_000.0);
         Ok(Self { theta, scaling })
+    }
+
+    /// Fails for numbers that give no frequencies.
+    pub(crate) fn validate(&self, width: i64) -> Result<()> {
+        let positive = |field, value: f64| match value > 0.0 && value.is_finite() {
+            true => Ok(()),
+            false => Err(CoreError::config(field, value, "it must be above 0")),
+        };
+        if width > MAX_WIDTH {
+            let reason = "no head is as wide as that";
+            return Err(CoreError::config("head_dim", width, reason));
+        }
+        positive("rope_theta", self.theta)?;
+        match self.scaling {
+            RopeScaling::Default => Ok(()),
+            RopeScaling::Linear { factor } => positive("rope_scaling.factor", factor),
+            RopeScaling::Dynamic {
+                factor,
+                original_max_position_embeddings: original,
+            } => {
+                positive("rope_scaling.factor", factor)?;
+                positive("max_position_embeddings", original)
+            }
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor: low,
+                high_freq_factor: high,
+                original_max_position_embeddings: original,
+            } => {
+                positive("rope_scaling.factor", factor)?;
+                positive("rope_scaling.low_freq_factor", low)?;
+                positive("rope_scaling.high_freq_factor", high)?;
+                positive("rope_scaling.original_max_position_embeddings", original)
+            }
+            RopeScaling::Yarn {
+                factor,
+                attention_factor,
+                beta_fast,
+                beta_slow,
+                original_max_position_embeddings: original,
+                truncate: _,
+            } => {
+                positive("rope_scaling.factor", factor)?;
+                positive("rope_scaling.attention_factor", attention_factor)?;
+                positive("rope_scaling.beta_fast", beta_fast)?;
+                positive("rope_scaling.beta_slow", beta_slow)?;
+                positive("rope_scaling.original_max_position_embeddings", original)
+            }
+        }
+    }
+
+    /// Most tokens of a sequence of a model whose config says `max_position_embeddings`, which
+    /// for some types of scaling is the context before it is scaled.
+    pub(crate) fn max_length(&self, max_position_embeddings: i64) -> i64 {
+        let scaled = match self.scaling {
+            RopeScaling::Dynamic {
+                factor,
+                original_max_position_embeddings: original,
+            }
+            | RopeScaling::Yarn {
+                factor,
+                original_max_position_embeddings: original,
+                ..
+            } => (factor * original) as i64,
+            _ => max_position_embeddings,
+        };
+        scaled.max(max_position_embeddings)
     }
 
     /// The fields of transformers 4, which 5 reads too.
@@ -85,6 +228,9 @@ impl RopeConfig {
         let scaling = match self.scaling {
             RopeScaling::Default => Value::Null,
             RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+            RopeScaling::Dynamic { factor, .. } => {
+                json!({"rope_type": "dynamic", "factor": factor})
+            }
             RopeScaling::Llama3 {
                 factor,
                 low_freq_factor,
@@ -97,126 +243,175 @@ impl RopeConfig {
                 "high_freq_factor": high_freq_factor,
                 "original_max_position_embeddings": original as i64,
             }),
+            RopeScaling::Yarn {
+                factor,
+                attention_factor,
+                beta_fast,
+                beta_slow,
+                truncate,
+                original_max_position_embeddings: original,
+            } => json!({
+                "rope_type": "yarn",
+                "factor": factor,
+                "attention_factor": attention_factor,
+                "beta_fast": beta_fast,
+                "beta_slow": beta_slow,
+                "truncate": truncate,
+                "original_max_position_embeddings": original as i64,
+            }),
         };
         map.insert("rope_scaling".into(), scaling);
     }
-
-    /// Radians per position of each pair of dimensions.
-    fn frequencies(&self, head_dim: i64) -> Vec<f32> {
-        (0..head_dim / 2)
-            .map(|pair| {
-                let exponent = (2 * pair) as f64 / head_dim as f64;
-                self.scaling.apply(1.0 / self.theta.powf(exponent)) as f32
-            })
-            .collect()
-    }
 }
 
-impl RopeScaling {
-    fn apply(self, frequency: f64) -> f64 {
-        match self {
-            Self::Default => frequency,
-            Self::Linear { factor } => frequency / factor,
-            Self::Llama3 {
-                factor,
-                low_freq_factor: low,
-                high_freq_factor: high,
-                original_max_position_embeddings: original,
-            } => {
-                let wavelength = std::f64::consts::TAU / frequency;
-                if wavelength < original / high {
-                    frequency
-                } else if wavelength > original / low {
-                    frequency / factor
-                } else {
-                    let smooth = (original / wavelength - low) / (high - low);
-                    (1.0 - smooth) * frequency / factor + smooth * frequency
-                }
-            }
+/// A number among the parameters of the rotary positions.
+pub(crate) fn rope_number(fields: &Fields, key: &str) -> Result<Option<f64>, Error> {
+    Ok(Parameters::read(fields)?
+        .map
+        .get(key)
+        .and_then(Value::as_f64))
+}
+
+/// `rope_parameters` or `rope_scaling`, whichever a file has.
+struct Parameters {
+    name: &'static str,
+    map: Map<String, Value>,
+}
+
+impl Parameters {
+    fn read(fields: &Fields) -> Result<Self, Error> {
+        if let Some(map) = fields.get("rope_parameters")? {
+            let name = "rope_parameters";
+            return Ok(Self { name, map });
         }
+        let name = "rope_scaling";
+        let map = fields.get(name)?.unwrap_or_default();
+        Ok(Self { name, map })
     }
 }
 
-/// The frequencies, on the model's device.
-pub(crate) struct Rope(Tensor);
-
-/// Cosines and sines for the tokens of a run, `[N, 1, d]` each.
-pub(crate) struct Rotation {
-    cos: Tensor,
-    sin: Tensor,
+/// What attention is sharpened by where a file does not say: the more, the longer the context.
+fn yarn_attention_factor(factor: f64, mscales: (Option<f64>, Option<f64>)) -> f64 {
+    let mscale = |mscale: f64| match factor <= 1.0 {
+        true => 1.0,
+        false => 0.1 * mscale * factor.ln() + 1.0,
+    };
+    match mscales {
+        (Some(one), Some(all)) if one != 0.0 && all != 0.0 => mscale(one) / mscale(all),
+        _ => mscale(1.0),
+    }
 }
+
+/// The rotary positions of a model, or none.
+pub(crate) struct Rope(Option<Turning>);
+
+struct Turning {
+    config: RopeConfig,
+    /// `[width / 2]`, radians per position, for contexts up to the original one.
+    frequencies: Tensor,
+    /// Dimensions of a head that turn.
+    width: i64,
+}
+
+/// Cosines and sines for the tokens of a run, `[N, 1, width]` each; nothing for a model without
+/// rotary positions.
+pub(crate) struct Rotation(Option<(Tensor, Tensor)>);
 
 impl Rope {
-    pub(crate) fn new(config: &RopeConfig, head_dim: i64, device: tch::Device) -> Self {
-        Self(Tensor::from_slice(&config.frequencies(head_dim)).to_device(device))
+    /// Of heads whose first `width` dimensions turn.
+    pub(crate) fn new(config: &RopeConfig, width: i64, device: Device) -> Result<Self> {
+        Ok(Self(Some(Turning {
+            frequencies: frequencies(config, width, 0)?.f_to_device(device)?,
+            config: config.clone(),
+            width,
+        })))
+    }
+
+    /// No rotary positions.
+    pub(crate) fn none() -> Self {
+        Self(None)
     }
 
     /// Angles are computed in f32, then rounded to the model's kind, as transformers does.
     pub(crate) fn rotation(&self, positions: &Tensor, kind: Kind) -> Result<Rotation> {
+        let Some(turning) = &self.0 else {
+            return Ok(Rotation(None));
+        };
+        let longer;
+        let frequencies = match turning.beyond(positions)? {
+            Some(frequencies) => {
+                longer = frequencies;
+                &longer
+            }
+            None => &turning.frequencies,
+        };
         let half = positions
             .f_to_kind(Kind::Float)?
             .unsqueeze(-1)
-            .f_mul(&self.0)?;
+            .f_mul(frequencies)?;
         let angles = Tensor::f_cat(&[&half, &half], -1)?.unsqueeze(1);
-        Ok(Rotation {
-            cos: angles.f_cos()?.f_to_kind(kind)?,
-            sin: angles.f_sin()?.f_to_kind(kind)?,
-        })
+        let (mut cos, mut sin) = (angles.f_cos()?, angles.f_sin()?);
+        if let RopeScaling::Yarn {
+            attention_factor, ..
+        } = turning.config.scaling
+        {
+            cos = cos.f_mul_scalar(attention_factor)?;
+            sin = sin.f_mul_scalar(attention_factor)?;
+        }
+        Ok(Rotation(Some((cos.f_to_kind(kind)?, sin.f_to_kind(kind)?))))
+    }
+}
+
+impl Turning {
+    /// The frequencies of a run beyond the original context, where they depend on its length.
+    fn beyond(&self, positions: &Tensor) -> Result<Option<Tensor>> {
+        let RopeScaling::Dynamic {
+            original_max_position_embeddings: original,
+            ..
+        } = self.config.scaling
+        else {
+            return Ok(None);
+        };
+        if positions.numel() == 0 {
+            return Ok(None);
+        }
+        let length = i64::try_from(&positions.f_max()?)? + 1;
+        if length as f64 <= original {
+            return Ok(None);
+        }
+        let frequencies = frequencies(&self.config, self.width, length)?;
+        Ok(Some(frequencies.f_to_device(positions.device())?))
     }
 }
 
 impl Rotation {
     /// The same tensors under another handle.
     pub(crate) fn share(&self) -> Self {
-        Self {
-            cos: self.cos.shallow_clone(),
-            sin: self.sin.shallow_clone(),
-        }
+        let share = |(cos, sin): &(Tensor, Tensor)| (cos.shallow_clone(), sin.shallow_clone());
+        Self(self.0.as_ref().map(share))
     }
 
-    /// Turns `[N, heads, d]`; dimension `i` is paired with `i + d/2`.
+    /// Turns the first dimensions of `[N, heads, d]`, as many as the model's rotary positions
+    /// have; of those, dimension `i` is paired with the one half their number after it.
     pub(crate) fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let half = x.size()[2] / 2;
-        let (first, second) = (x.narrow(2, 0, half), x.narrow(2, half, half));
-        let turned = Tensor::f_cat(&[second.f_neg()?, first], -1)?;
-        Ok(x.f_mul(&self.cos)?.f_add(&turned.f_mul(&self.sin)?)?)
+        let Some((cos, sin)) = &self.0 else {
+            return Ok(x.shallow_clone());
+        };
+        let (width, whole) = (cos.size()[2], x.size()[2]);
+        if width < whole {
+            let parts = x.f_split_with_sizes([width, whole - width].as_slice(), 2)?;
+            return Ok(Tensor::f_cat(
+                &[turned(&parts[0], cos, sin)?, parts[1].shallow_clone()],
+                2,
+            )?);
+        }
+        turned(x, cos, sin)
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Values made by running transformers 5.23; the fourth lies between the two bands.
-    #[test]
-    fn llama3_frequencies() {
-        let config = RopeConfig {
-            theta: 500_000.0,
-            scaling: RopeScaling::Llama3 {
-                factor: 8.0,
-                low_freq_factor: 1.0,
-                high_freq_factor: 4.0,
-                original_max_position_embeddings: 1024.0,
-            },
-        };
-        let expected: [f32; 8] = [
-            1.0,
-            1.939_227_6e-1,
-            3.760_603e-2,
-            1.312_569_5e-3,
-            1.767_766_8e-4,
-            3.428_102_4e-5,
-            6.647_869_7e-6,
-            1.289_173_2e-6,
-        ];
-        for (got, want) in config.frequencies(16).iter().zip(expected) {
-            assert!((got / want - 1.0).abs() < 1e-6, "{got} is not {want}");
-        }
-    }
-
-    #[test]
-    fn linear_scaling_divides_every_frequency() {
-        let scaled = RopeScaling::Linear { factor: 4.0 };
-        assert_eq!(scaled.apply(0.5), 0.125);
-    }
+fn turned(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let half = x.size()[2] / 2;
+    let (first, second) = (x.narrow(2, 0, half), x.narrow(2, half, half));
+    let crossed = Tensor::f_cat(&[second.f_neg()?, first], -1)?;
+    Ok(x.f_mul(cos)?.f_add(&crossed.f_mul(sin)?)?)
 }

@@ -9,33 +9,103 @@ use tch::{Device, Kind, Tensor};
 use crate::attention::{Attention, SegmentAttention};
 use crate::checkpoint::{read_weights, write_model};
 use crate::config::Head;
-use crate::gpt2::Gpt2;
-use crate::llama::Llama;
-use crate::weights::{Builder, WeightMap};
+use crate::layers::{LayerNorm, RmsNorm};
+use crate::rope::{Rope, Rotation};
+use crate::weights::{Builder, Init, WeightMap};
 use crate::{Error, LoadOptions, ModelConfig, Result};
 
-/// Everything of a model but its head.
-pub(crate) enum Trunk {
-    Gpt2(Gpt2),
-    Llama(Llama),
+/// Everything of a model but its head: what an architecture hands over.
+pub(crate) struct Trunk {
+    pub(crate) embedding: Embedding,
+    pub(crate) rope: Rope,
+    pub(crate) blocks: Vec<Box<dyn Block>>,
+    pub(crate) final_norm: Norm,
 }
 
-impl Trunk {
-    pub(crate) fn build(config: &ModelConfig, builder: &mut Builder) -> Self {
-        match config {
-            ModelConfig::Gpt2(config) => Self::Gpt2(Gpt2::build(config, builder)),
-            ModelConfig::Llama(config) => {
-                let device = builder.device();
-                Self::Llama(Llama::build(config, builder, device))
-            }
+/// One of the layers that the residual stream runs through.
+pub(crate) trait Block: Send {
+    /// The same weights under other handles, which backward can keep.
+    fn share(&self) -> Box<dyn Block>;
+
+    /// `[N, H]` to `[N, H]`; `layer` counts from 0.
+    fn forward(
+        &self,
+        layer: usize,
+        x: &Tensor,
+        rotation: &Rotation,
+        attention: &mut dyn Attention,
+    ) -> rlhf_core::Result<Tensor>;
+}
+
+/// Of tokens, and of positions where they are learned.
+pub(crate) struct Embedding {
+    tokens: Tensor,
+    positions: Option<Tensor>,
+    scale: Option<f64>,
+}
+
+impl Embedding {
+    /// Takes the matrix of that name, `[tokens, width]`.
+    pub(crate) fn build(
+        builder: &mut Builder,
+        name: &str,
+        (tokens, width): (i64, i64),
+        initializer_range: f64,
+    ) -> Self {
+        Self {
+            tokens: builder.weight(name, &[tokens, width], Init::Normal(initializer_range)),
+            positions: None,
+            scale: None,
         }
     }
 
-    pub(crate) fn token_embedding(&self) -> &Tensor {
-        match self {
-            Self::Gpt2(model) => model.token_embedding(),
-            Self::Llama(model) => model.token_embedding(),
+    /// With an embedding of positions, too.
+    pub(crate) fn with_positions(self, positions: Tensor) -> Self {
+        Self {
+            positions: Some(positions),
+            ..self
         }
+    }
+
+    /// Multiplied by a number.
+    pub(crate) fn scaled(self, scale: f64) -> Self {
+        Self {
+            scale: Some(scale),
+            ..self
+        }
+    }
+
+    fn forward(&self, ids: &Tensor, positions: &Tensor) -> rlhf_core::Result<Tensor> {
+        let mut x = Tensor::f_embedding(&self.tokens, ids, -1, false, false)?;
+        if let Some(scale) = self.scale {
+            // Rounded to the model's kind before the product, as transformers does.
+            x = x.f_mul(&Tensor::from(scale).f_to_kind(x.kind())?)?;
+        }
+        if let Some(table) = &self.positions {
+            x = x.f_add(&Tensor::f_embedding(table, positions, -1, false, false)?)?;
+        }
+        Ok(x)
+    }
+}
+
+/// The norm after the last block.
+pub(crate) enum Norm {
+    Layer(LayerNorm),
+    Rms(RmsNorm),
+}
+
+impl Norm {
+    fn forward(&self, x: &Tensor) -> rlhf_core::Result<Tensor> {
+        match self {
+            Self::Layer(norm) => norm.forward(x),
+            Self::Rms(norm) => norm.forward(x),
+        }
+    }
+}
+
+impl Trunk {
+    pub(crate) fn token_embedding(&self) -> &Tensor {
+        &self.embedding.tokens
     }
 
     /// `[N]` ids and positions to `[N, H]` hidden states.
@@ -45,13 +115,16 @@ impl Trunk {
         positions: &Tensor,
         attention: &mut dyn Attention,
     ) -> rlhf_core::Result<Tensor> {
-        match self {
-            Self::Gpt2(model) => model.forward(ids, positions, attention),
-            Self::Llama(model) => model.forward(ids, positions, attention),
+        let mut x = self.embedding.forward(ids, positions)?;
+        let rotation = self.rope.rotation(positions, x.kind())?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            x = block.forward(layer, &x, &rotation, attention)?;
         }
+        self.final_norm.forward(&x)
     }
 
-    /// `[N, H]` hidden states of a packed batch.
+    /// `[N, H]` hidden states of a packed batch, keeping the activations that `checkpointing`
+    /// says.
     fn hidden_states(
         &self,
         batch: &PackedBatch,
@@ -59,14 +132,14 @@ impl Trunk {
     ) -> rlhf_core::Result<Tensor> {
         let (ids, positions) = (&batch.input_ids, &batch.position_ids);
         let attention = SegmentAttention::new(&batch.segments);
-        match self {
-            Self::Gpt2(model) => {
-                model.forward_checkpointed(ids, positions, &attention, checkpointing)
-            }
-            Self::Llama(model) => {
-                model.forward_checkpointed(ids, positions, &attention, checkpointing)
-            }
-        }
+        let x = self.embedding.forward(ids, positions)?;
+        let rotation = self.rope.rotation(positions, x.kind())?;
+        let blocks = self.blocks.iter().enumerate().map(|(layer, block)| {
+            let (block, rotation, attention) = (block.share(), rotation.share(), attention.clone());
+            move |x: &Tensor| block.forward(layer, x, &rotation, &mut attention.clone())
+        });
+        self.final_norm
+            .forward(&checkpointing.run(blocks.collect(), &x)?)
     }
 }
 
@@ -87,7 +160,7 @@ impl<H> Model<H> {
         dir: &Path,
         head: impl FnOnce(&ModelConfig, &Trunk, &mut Builder) -> H,
     ) -> Result<Self> {
-        let trunk = Trunk::build(&config, &mut builder);
+        let trunk = config.build_trunk(&mut builder)?;
         let head = head(&config, &trunk, &mut builder);
         let weights = builder.finish().map_err(|problems| Error::Weights {
             path: dir.into(),
@@ -113,7 +186,7 @@ impl<H> Model<H> {
         let config = ModelConfig::from_dir(dir)?;
         let mut weights: WeightMap = read_weights(dir)?
             .into_iter()
-            .map(|(name, tensor)| (canonical(&config, name), tensor))
+            .map(|(name, tensor)| (config.canonical_name(name), tensor))
             .collect();
         let prepared = prepare(&config, &mut weights);
         let stored = weights.values().next().map_or(Kind::Float, Tensor::kind);
@@ -187,21 +260,5 @@ impl<H> Model<H> {
 
     pub(crate) fn kind(&self) -> Kind {
         self.trunk.token_embedding().kind()
-    }
-}
-
-/// Trunks are saved with and without the prefix that their causal model gives them.
-fn canonical(config: &ModelConfig, name: String) -> String {
-    let prefix = match config {
-        ModelConfig::Gpt2(_) => "transformer.",
-        ModelConfig::Llama(_) => "model.",
-    };
-    let of_head = ["lm_head.", "score.", "v_head."]
-        .iter()
-        .any(|head| name.starts_with(head));
-    if of_head || name.starts_with(prefix) {
-        name
-    } else {
-        format!("{prefix}{name}")
     }
 }

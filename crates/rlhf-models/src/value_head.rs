@@ -66,8 +66,8 @@ impl ValueHeadModel {
         let model = Model::load(
             dir.as_ref(),
             options,
-            |_, weights| {
-                weights.remove("lm_head.weight");
+            |config, weights| {
+                weights.remove(config.head_name());
                 HeadLayout::of(weights)
             },
             |layout, config, _, builder| layout.build(config, builder),
@@ -98,7 +98,7 @@ impl ValueHeadModel {
     /// libtorch's (out of memory).
     pub fn from_causal_lm(model: &CausalLm, seed: u64) -> Result<Self> {
         let mut weights = model.model.copied_weights()?;
-        weights.remove("lm_head.weight");
+        weights.remove(model.config().head_name());
         let width = model.config().hidden_size();
         let init = Init::Normal(1.0 / ((width + 1) as f64).sqrt());
         weights.insert(SCORE.into(), fresh(seed, SCORE, &[1, width], init));

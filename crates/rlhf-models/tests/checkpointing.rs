@@ -69,7 +69,9 @@ fn assert_equal_under_every_policy<M: Parameters>(
     }
 }
 
-const ARCHITECTURES: [&str; 2] = ["gpt2", "llama"];
+const ARCHITECTURES: [&str; 7] = [
+    "gemma2", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3",
+];
 
 #[test]
 fn a_language_model() {

@@ -69,6 +69,11 @@ fn llama_reward() {
     check("llama_rm");
 }
 
+#[test]
+fn qwen2_reward() {
+    check("qwen2_rm");
+}
+
 /// Writes a language model with TRL's value head on it.
 fn with_summary_head(dir: &std::path::Path, case: &Case) {
     let source = model_dir("gpt2");

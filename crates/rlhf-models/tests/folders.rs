@@ -64,7 +64,16 @@ fn rewrite(dir: &Path, change: impl Fn(String, Tensor) -> Option<(String, Tensor
 
 #[test]
 fn saved_models_are_read_back() {
-    for name in ["gpt2", "llama", "llama_rope3"] {
+    for name in [
+        "gpt2",
+        "llama",
+        "llama_rope3",
+        "gpt_neox",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma2",
+    ] {
         let model = load(model_dir(name)).unwrap();
         let dir = tempfile::tempdir().unwrap();
         model.save_pretrained(dir.path()).unwrap();
@@ -97,7 +106,7 @@ fn saved_models_are_read_back() {
 
 #[test]
 fn saved_classifiers_are_read_back() {
-    for name in ["gpt2_rm", "gpt2_cls2", "llama_rm"] {
+    for name in ["gpt2_rm", "gpt2_cls2", "llama_rm", "qwen2_rm"] {
         let options = LoadOptions::default();
         let model = SequenceClassifier::from_pretrained(model_dir(name), &options).unwrap();
         let dir = tempfile::tempdir().unwrap();
@@ -209,7 +218,7 @@ fn configs_that_cannot_be_used() {
     let (text, error) = config("gpt2", &|c| c["model_type"] = json!("mamba"));
     assert!(matches!(error, Error::UnknownArchitecture { .. }), "{text}");
     assert!(
-        text.contains("mamba") && text.contains("gpt2, llama"),
+        text.contains("mamba") && text.contains("gpt2, gpt_neox, llama"),
         "{text}"
     );
     for (name, field) in [
@@ -236,7 +245,7 @@ fn configs_that_cannot_be_used() {
         (
             "llama",
             "rope_parameters",
-            json!({"rope_type": "yarn", "factor": 2.0}),
+            json!({"rope_type": "longrope", "factor": 2.0}),
         ),
     ] {
         let (text, error) = config(name, &|c| c[field] = value.clone());

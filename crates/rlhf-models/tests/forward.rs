@@ -5,12 +5,17 @@ mod common;
 
 use common::{Case, assert_close, batch, model_dir};
 use rlhf_models::core::{LogprobOptions, PaddingSide, Policy};
-use rlhf_models::tch::{Device, IndexOp};
+use rlhf_models::tch::{Device, IndexOp, Kind};
 use rlhf_models::{CausalLm, LoadOptions};
 
 fn check(name: &str) {
     let case = Case::read(&format!("forward/{name}"));
-    let model = CausalLm::from_pretrained(model_dir(name), &LoadOptions::default()).unwrap();
+    // Expectations are those of f32, whatever the weights are stored in.
+    let options = LoadOptions {
+        kind: Some(Kind::Float),
+        ..LoadOptions::default()
+    };
+    let model = CausalLm::from_pretrained(model_dir(name), &options).unwrap();
     for (key, side) in [("right", PaddingSide::Right), ("left", PaddingSide::Left)] {
         let rows = |part: &str| case.rows(&format!("{key}/{part}"));
         let (ids, attention) = (rows("input_ids"), rows("attention_mask"));
@@ -79,4 +84,50 @@ fn llama_with_scaled_rope_and_its_own_head() {
 #[test]
 fn llama_in_shards() {
     check("llama_sharded");
+}
+
+#[test]
+fn gpt_neox_with_partial_rotary_positions() {
+    check("gpt_neox");
+}
+
+#[test]
+fn mistral_with_a_window() {
+    check("mistral");
+}
+
+#[test]
+fn qwen2_with_biases() {
+    check("qwen2");
+}
+
+#[test]
+fn qwen2_of_a_bf16_file() {
+    check("qwen2_bf16");
+    let case = Case::read("forward/qwen2_bf16");
+    let dir = model_dir("qwen2_bf16");
+    let model = CausalLm::from_pretrained(dir, &LoadOptions::default()).unwrap();
+    assert_eq!(model.kind(), Kind::BFloat16);
+    let rows = |part: &str| case.rows(&format!("right/{part}"));
+    let batch = batch(
+        &rows("input_ids"),
+        &rows("attention_mask"),
+        &rows("completion_mask"),
+    );
+    let padded = batch.padded(model.pad_token_id(), PaddingSide::Left, Device::Cpu);
+    let logits = model.logits(&padded).unwrap();
+    let last = logits.i((.., padded.width() - 1));
+    let want = case.tensor("right/logits_last_bf16_compute");
+    let tolerance = case.tolerance("logits_bf16_compute_abs");
+    assert_close("last logits in bf16", &last, want, tolerance);
+}
+
+#[test]
+fn qwen3_with_head_norms() {
+    check("qwen3");
+}
+
+#[test]
+fn gemma2_with_soft_caps_and_alternating_windows() {
+    check("gemma2");
 }

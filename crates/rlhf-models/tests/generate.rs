@@ -13,8 +13,13 @@ use rlhf_models::core::{
 use rlhf_models::tch::{Device, IndexOp, Kind, Tensor};
 use rlhf_models::{CausalLm, LoadOptions};
 
+/// In f32, whatever the weights are stored in, as the reference values are.
 fn load(name: &str) -> CausalLm {
-    CausalLm::from_pretrained(model_dir(name), &LoadOptions::default()).unwrap()
+    let options = LoadOptions {
+        kind: Some(Kind::Float),
+        ..LoadOptions::default()
+    };
+    CausalLm::from_pretrained(model_dir(name), &options).unwrap()
 }
 
 fn prompts(case: &Case) -> Vec<Arc<[i64]>> {
@@ -78,6 +83,37 @@ fn llama_with_scaled_rope() {
     check("llama_rope3");
 }
 
+#[test]
+fn llama_in_shards() {
+    check("llama_sharded");
+}
+
+#[test]
+fn gpt_neox() {
+    check("gpt_neox");
+}
+
+#[test]
+fn mistral_past_its_window() {
+    check("mistral");
+}
+
+#[test]
+fn qwen2() {
+    check("qwen2");
+    check("qwen2_bf16");
+}
+
+#[test]
+fn qwen3() {
+    check("qwen3");
+}
+
+#[test]
+fn gemma2_past_its_windows() {
+    check("gemma2");
+}
+
 /// Next-token logits by the forward pass over whole sequences.
 fn recomputed(model: &CausalLm, rows: &[Vec<i64>]) -> Tensor {
     let sequences = rows.iter().map(|r| Sequence::new(r.as_slice(), []));
@@ -89,7 +125,7 @@ fn recomputed(model: &CausalLm, rows: &[Vec<i64>]) -> Tensor {
 
 #[test]
 fn cached_logits_equal_recomputed_ones_for_ragged_prompts() {
-    for name in ["gpt2", "llama"] {
+    for name in ["gpt2", "gpt_neox", "llama", "mistral", "qwen3", "gemma2"] {
         let model = load(name);
         let mut rows = vec![vec![5, 6, 7, 8, 9], vec![40], vec![11, 12, 13]];
         let prompts: Vec<Arc<[i64]>> = rows.iter().map(|r| r.as_slice().into()).collect();

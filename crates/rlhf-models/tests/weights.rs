@@ -11,7 +11,9 @@ use rlhf_models::core::{
 };
 use rlhf_models::tch::{Device, Kind, Tensor};
 use rlhf_models::{
-    CausalLm, Error, Gpt2Config, LlamaConfig, LoadOptions, ModelConfig, SequenceClassifier,
+    CausalLm, Error, Gemma2Config, Gpt2Config, GptNeoxConfig, LlamaConfig, LoadOptions,
+    MistralConfig, ModelConfig, Qwen2Config, Qwen3Config, SequenceClassifier, SlidingWindow,
+    TransformerConfig,
 };
 
 fn load(dir: impl AsRef<Path>) -> Result<CausalLm, Error> {
@@ -33,7 +35,7 @@ fn logprobs(model: &CausalLm) -> Tensor {
     out.unwrap().logprobs
 }
 
-fn small() -> [ModelConfig; 2] {
+fn small() -> [ModelConfig; 7] {
     let gpt2 = Gpt2Config {
         vocab_size: 400,
         n_positions: 32,
@@ -42,7 +44,7 @@ fn small() -> [ModelConfig; 2] {
         n_head: 4,
         ..Gpt2Config::default()
     };
-    let llama = LlamaConfig {
+    let transformer = TransformerConfig {
         vocab_size: 400,
         max_position_embeddings: 32,
         hidden_size: 64,
@@ -51,11 +53,57 @@ fn small() -> [ModelConfig; 2] {
         num_attention_heads: 4,
         num_key_value_heads: 2,
         head_dim: 16,
+        ..TransformerConfig::default()
+    };
+    let window = || {
+        Some(SlidingWindow {
+            length: 2,
+            layers: vec![false, true],
+        })
+    };
+    let llama = LlamaConfig {
+        transformer: transformer.clone(),
         attention_bias: true,
         mlp_bias: true,
-        ..LlamaConfig::default()
     };
-    [ModelConfig::Gpt2(gpt2), ModelConfig::Llama(llama)]
+    let neox = GptNeoxConfig {
+        vocab_size: 400,
+        max_position_embeddings: 32,
+        hidden_size: 64,
+        intermediate_size: 96,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        use_parallel_residual: false,
+        ..GptNeoxConfig::default()
+    };
+    let mistral = MistralConfig {
+        transformer: transformer.clone(),
+        sliding_window: Some(3),
+    };
+    let qwen2 = Qwen2Config {
+        transformer: transformer.clone(),
+        sliding_window: window(),
+    };
+    let qwen3 = Qwen3Config {
+        transformer: transformer.clone(),
+        attention_bias: true,
+        sliding_window: window(),
+    };
+    let gemma2 = Gemma2Config {
+        transformer,
+        sliding_window: window(),
+        attn_logit_softcapping: None,
+        ..Gemma2Config::default()
+    };
+    [
+        ModelConfig::Gpt2(gpt2),
+        ModelConfig::Llama(llama),
+        ModelConfig::GptNeox(neox),
+        ModelConfig::Mistral(mistral),
+        ModelConfig::Qwen2(qwen2),
+        ModelConfig::Qwen3(qwen3),
+        ModelConfig::Gemma2(gemma2),
+    ]
 }
 
 #[test]
@@ -72,13 +120,14 @@ fn fresh_models_depend_on_the_seed_alone() {
         assert!((mean - 400f64.ln()).abs() < 0.2, "{mean}");
         let dir = tempfile::tempdir().unwrap();
         new(3).save_pretrained(dir.path()).unwrap();
+        assert_eq!(ModelConfig::from_dir(dir.path()).unwrap(), config);
         assert_eq!(logprobs(&load(dir.path()).unwrap()), logprobs(&new(3)));
     }
 }
 
 #[test]
 fn fresh_weights_are_drawn_as_transformers_draws_them() {
-    let [config, _] = small();
+    let [config, ..] = small();
     let model = CausalLm::new(config, 1, Device::Cpu, Kind::Float).unwrap();
     let std = |name: &str| {
         let all = model.named_parameters();
@@ -137,7 +186,9 @@ impl Policy for Padded {
 
 #[test]
 fn packed_gradients_equal_padded_ones() {
-    for name in ["gpt2", "llama"] {
+    for name in [
+        "gpt2", "llama", "gpt_neox", "mistral", "qwen2", "qwen3", "gemma2",
+    ] {
         let options = LogprobOptions {
             temperature: 0.7,
             entropy: true,
@@ -192,11 +243,16 @@ fn models_can_be_sent() {
 
 #[test]
 fn configs_are_checked_where_they_enter() {
-    let [ModelConfig::Gpt2(mut gpt2), ModelConfig::Llama(mut llama)] = small() else {
+    let [
+        ModelConfig::Gpt2(mut gpt2),
+        ModelConfig::Llama(mut llama),
+        ..,
+    ] = small()
+    else {
         panic!("one of each")
     };
     gpt2.n_head = 5;
-    llama.num_key_value_heads = 0;
+    llama.transformer.num_key_value_heads = 0;
     for (config, name) in [
         (ModelConfig::Gpt2(gpt2), "n_head"),
         (ModelConfig::Llama(llama), "num_key_value_heads"),

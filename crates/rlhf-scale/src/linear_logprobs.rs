@@ -30,6 +30,8 @@ pub struct LinearLogprobsInput<'a> {
     pub bias: Option<&'a Tensor>,
     /// `[M]` i64, the tokens.
     pub ids: &'a Tensor,
+    /// Bound of the logits, as Gemma 2 has it: `cap * tanh(x / cap)`.
+    pub softcap: Option<f64>,
 }
 
 /// What [`linear_logprobs`] returns.
@@ -43,13 +45,14 @@ pub struct LinearLogprobs {
 }
 
 /// `log softmax((hidden · weightᵀ + bias) / temperature)[id]` for every token, and the entropy of
-/// that softmax, in chunks of tokens.
+/// that softmax, in chunks of tokens. A soft cap bounds the logits before the temperature divides
+/// them.
 ///
 /// It never holds the `[M, V]` logits, nor gradients of that size: forward keeps a number for each
 /// token, and backward computes the logits of a chunk again, turns them into their gradient in
 /// place, and adds the products that the inputs are owed. That is one more matrix product than the
 /// plain computation has, and none of its passes over `[M, V]` in memory. If the output layer is
-/// frozen and no entropy is asked for, forward makes the hidden states' gradients instead and
+/// frozen, has no cap, and no entropy is asked for, forward makes the hidden states' gradients instead and
 /// nothing is computed twice.
 ///
 /// Softmax, sums and log-probabilities are f32 whatever the kind of the weights; the gradient of a
@@ -59,8 +62,8 @@ pub struct LinearLogprobs {
 /// least 64, and at most 64 MiB of f32 logits.
 ///
 /// # Errors
-/// [`Error::Core`] for shapes or kinds that do not belong together, a temperature that is not
-/// positive, `chunk_rows` of 0; libtorch's error for a token outside the vocabulary.
+/// [`Error::Core`] for shapes or kinds that do not belong together, a temperature or soft cap that
+/// is not positive, `chunk_rows` of 0; libtorch's error for a token outside the vocabulary.
 ///
 /// ```
 /// use rlhf_scale::{LinearLogprobsInput, core::LogprobOptions, linear_logprobs};
@@ -70,7 +73,13 @@ pub struct LinearLogprobs {
 /// let hidden = Tensor::randn([6, 16], (Kind::Float, Device::Cpu)).set_requires_grad(true);
 /// let weight = Tensor::randn([100, 16], (Kind::Float, Device::Cpu)).set_requires_grad(true);
 /// let ids = Tensor::from_slice(&[5i64, 99, 0, 7, 7, 31]);
-/// let input = LinearLogprobsInput { hidden: &hidden, weight: &weight, bias: None, ids: &ids };
+/// let input = LinearLogprobsInput {
+///     hidden: &hidden,
+///     weight: &weight,
+///     bias: None,
+///     ids: &ids,
+///     softcap: None,
+/// };
 /// let output = linear_logprobs(input, &LogprobOptions::default(), None)?;
 ///
 /// let plain = hidden.linear(&weight, None::<&Tensor>).log_softmax(-1, Kind::Float);
@@ -97,13 +106,16 @@ pub fn linear_logprobs(
     };
     let layer = OutputLayer {
         temperature: options.temperature,
+        softcap: input.softcap,
         chunk_rows,
         ids: input.ids.shallow_clone(),
     };
     let trainable_head =
         input.weight.requires_grad() || input.bias.is_some_and(Tensor::requires_grad);
     let recorded = grad_enabled() && (input.hidden.requires_grad() || trainable_head);
-    let gradient = match (recorded, trainable_head || options.entropy) {
+    // The gradient through a cap is made where the logits are computed again.
+    let later = trainable_head || options.entropy || input.softcap.is_some();
+    let gradient = match (recorded, later) {
         (false, _) => Gradient::None,
         (true, true) => Gradient::Later,
         (true, false) => Gradient::Ahead,
@@ -150,6 +162,11 @@ fn check(input: &LinearLogprobsInput<'_>) -> Result<()> {
         && bias.size() != [weight[0]]
     {
         return Err(mismatch("bias [V]", bias.size(), "weight [V, H]", weight).into());
+    }
+    if let Some(cap) = input.softcap
+        && !(cap > 0.0 && cap.is_finite())
+    {
+        return Err(CoreError::config("softcap", cap, "it must be above 0").into());
     }
     let kind = input.weight.kind();
     let known = matches!(kind, Kind::Float | Kind::BFloat16 | Kind::Half);

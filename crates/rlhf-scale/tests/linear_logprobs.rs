@@ -14,6 +14,7 @@ struct Layer {
     weight: Tensor,
     bias: Tensor,
     ids: Tensor,
+    softcap: Option<f64>,
 }
 
 impl Layer {
@@ -28,6 +29,7 @@ impl Layer {
             weight: normal(&[VOCAB, HIDDEN], 1.0),
             bias: normal(&[VOCAB], 1.0),
             ids: Tensor::randint(VOCAB, [TOKENS], (Kind::Int64, Device::Cpu)),
+            softcap: None,
         }
     }
 
@@ -37,6 +39,7 @@ impl Layer {
             weight: &self.weight,
             bias: bias.then_some(&self.bias),
             ids: &self.ids,
+            softcap: self.softcap,
         }
     }
 
@@ -58,6 +61,10 @@ impl Layer {
 fn plain(input: LinearLogprobsInput<'_>, temperature: f64) -> LinearLogprobs {
     let wide = |t: &Tensor| t.to_kind(Kind::Double);
     let logits = wide(input.hidden).linear(&wide(input.weight), input.bias.map(wide).as_ref());
+    let logits = match input.softcap {
+        Some(cap) => (logits / cap).tanh() * cap,
+        None => logits,
+    };
     let all = (logits / temperature).log_softmax(-1, Kind::Double);
     let ids = input.ids.unsqueeze(1);
     LinearLogprobs {
@@ -92,7 +99,8 @@ fn compare(
     chunk: Option<usize>,
     tolerance: f64,
 ) {
-    let context = format!("{options:?}, bias {bias}, chunks of {chunk:?}");
+    let cap = layer.softcap;
+    let context = format!("{options:?}, bias {bias}, cap {cap:?}, chunks of {chunk:?}");
     let expected = plain(layer.input(bias), options.temperature);
     loss(&expected, options.entropy).backward();
     let expected_grads = layer.take_grads();
@@ -122,8 +130,15 @@ fn compare(
 
 #[test]
 fn values_and_gradients_are_those_of_the_plain_computation() {
-    let layer = Layer::new(Kind::Float);
-    for entropy in [false, true] {
+    let mut layer = Layer::new(Kind::Float);
+    // Logits reach 20 or so: the cap bends all of them.
+    for (softcap, entropy) in [
+        (None, false),
+        (None, true),
+        (Some(6.0), false),
+        (Some(6.0), true),
+    ] {
+        layer.softcap = softcap;
         for (temperature, bias, chunk) in [
             (1.0, false, None),
             (0.7, false, Some(1)),
@@ -153,6 +168,11 @@ fn a_frozen_output_layer_gets_no_gradient() {
             compare(&layer, options, bias, Some(8), 1e-5);
         }
     }
+    let layer = Layer {
+        softcap: Some(6.0),
+        ..layer
+    };
+    compare(&layer, LogprobOptions::default(), true, Some(8), 1e-5);
 }
 
 #[test]
@@ -195,6 +215,7 @@ fn large_logits_do_not_overflow() {
         weight: &weight,
         bias: None,
         ids: &ids,
+        softcap: None,
     };
     let options = LogprobOptions {
         entropy: true,
@@ -241,6 +262,11 @@ fn operands_that_do_not_fit_are_named() {
     };
     fails(kinds, None, "hidden is Half, weight Float");
     fails(layer.input(false), Some(0), "chunk_rows = 0");
+    let cap = LinearLogprobsInput {
+        softcap: Some(0.0),
+        ..layer.input(false)
+    };
+    fails(cap, None, "softcap = 0");
     let beyond = &layer.ids + VOCAB;
     let outside = LinearLogprobsInput {
         ids: &beyond,

@@ -28,6 +28,7 @@ pub(super) struct Operands<'a> {
 pub(super) struct OutputLayer {
     pub(super) ids: Tensor,
     pub(super) temperature: f64,
+    pub(super) softcap: Option<f64>,
     pub(super) chunk_rows: i64,
 }
 
@@ -113,6 +114,15 @@ impl OutputLayer {
         })
     }
 
+    /// `∂ capped / ∂ logit` of logits that are capped, and divided by the temperature.
+    fn slope(&self, logits: &Tensor) -> Result<Option<Tensor>> {
+        let Some(cap) = self.softcap else {
+            return Ok(None);
+        };
+        let mut tangents = logits.f_mul_scalar(self.temperature / cap)?;
+        Ok(Some(tangents.f_square_()?.f_neg_()?.f_add_scalar_(1.0)?))
+    }
+
     /// First row and number of rows of every chunk.
     fn chunks(&self) -> impl Iterator<Item = (i64, i64)> + use<> {
         let (tokens, step) = (self.ids.size()[0], self.chunk_rows);
@@ -185,7 +195,11 @@ impl Kept {
                 Some(second) => Some(second.f_narrow(0, 0, rows)?),
                 None => None,
             };
-            let grad_logits = self.grad_logits(logits, second, &chunk, start, rows)?;
+            let slope = self.layer.slope(&logits)?;
+            let mut grad_logits = self.grad_logits(logits, second, &chunk, start, rows)?;
+            if let Some(slope) = slope {
+                let _ = grad_logits.f_mul_(&slope)?;
+            }
             sums.add(operands, &grad_logits, start, rows)?;
         }
         sums.finish(operands)
@@ -237,6 +251,7 @@ struct Buffers {
     first: Tensor,
     second: Option<Tensor>,
     temperature: f64,
+    softcap: Option<f64>,
 }
 
 impl Buffers {
@@ -248,10 +263,11 @@ impl Buffers {
             first: buffer()?,
             second: if two { Some(buffer()?) } else { None },
             temperature: layer.temperature,
+            softcap: layer.softcap,
         })
     }
 
-    /// The logits of a chunk in f32, divided by the temperature.
+    /// The logits of a chunk in f32, capped, then divided by the temperature.
     fn logits(&mut self, operands: Operands<'_>, start: i64, rows: i64) -> Result<Tensor> {
         let hidden = operands.hidden.f_narrow(0, start, rows)?;
         let weight = operands.weight.f_transpose(0, 1)?;
@@ -267,6 +283,9 @@ impl Buffers {
                 None => hidden.f_mm(&weight)?,
             };
             logits.f_copy_(&narrow)?;
+        }
+        if let Some(cap) = self.softcap {
+            let _ = logits.f_div_scalar_(cap)?.f_tanh_()?.f_mul_scalar_(cap)?;
         }
         if self.temperature != 1.0 {
             let _ = logits.f_div_scalar_(self.temperature)?;
