@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 use tch::Tensor;
 
-use crate::{Completions, Error, Parameters, Result, SequenceBatch, Text};
+use crate::{Completions, Error, Parameters, Result, SequenceBatch, Stats, Text};
 
 /// How good a completion is.
 pub trait RewardModel: Send {
@@ -15,6 +15,13 @@ pub trait RewardModel: Send {
     /// # Errors
     /// Whatever the model finds wrong, wrapped by [`Error::model`] if it is not an [`Error`].
     fn score(&self, completions: &Completions) -> Result<Tensor>;
+
+    /// What the model has noted about the completions that it has scored since it was last asked:
+    /// means of its components by name, the disagreement of its members. Nothing, unless a model
+    /// says otherwise.
+    fn take_report(&self) -> Stats {
+        Stats::new()
+    }
 }
 
 /// How much a completion offends against a rule.
@@ -74,6 +81,10 @@ impl<M: Scorer + ?Sized> Scorer for Box<M> {
 impl<M: RewardModel + ?Sized> RewardModel for Box<M> {
     fn score(&self, completions: &Completions) -> Result<Tensor> {
         (**self).score(completions)
+    }
+
+    fn take_report(&self) -> Stats {
+        (**self).take_report()
     }
 }
 

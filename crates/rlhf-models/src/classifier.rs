@@ -169,6 +169,17 @@ impl SequenceClassifier {
         self.model.set_trainable(trainable);
     }
 
+    /// Keeps the trunk as it is and trains the head alone. The trunk's activations are not kept for
+    /// backward then. [`set_trainable`](Self::set_trainable) sets all weights the same again.
+    pub fn train_head_only(&mut self) {
+        self.model.set_trainable(false);
+        let head = self.model.weights.iter().filter(|(name, _)| *name == SCORE);
+        for (_, weight) in head {
+            // Returns another handle of the same tensor, on which the flag is set.
+            let _ = weight.set_requires_grad(true);
+        }
+    }
+
     /// Which activations training keeps, and which it computes again.
     pub fn gradient_checkpointing(&self) -> GradientCheckpointing {
         self.model.checkpointing

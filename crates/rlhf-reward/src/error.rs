@@ -1,5 +1,7 @@
 //! What can go wrong when a scorer is trained.
 
+use crate::Skipped;
+
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -52,5 +54,39 @@ pub enum Error {
         count: usize,
         /// Their standard deviation.
         deviation: f64,
+    },
+    /// A model with several heads gave another number of scores.
+    #[error(
+        "the scorer gave {shape:?} for {sequences} sequences; {heads} heads need [{sequences}, {heads}]"
+    )]
+    NotHeads {
+        /// Shape of the scores.
+        shape: Vec<i64>,
+        /// Sequences that were scored.
+        sequences: usize,
+        /// Heads that were asked for.
+        heads: usize,
+    },
+    /// Every comparison of a batch was skipped.
+    #[error("none of {pairs} comparisons teaches anything: {skipped}")]
+    NothingToLearn {
+        /// Comparisons of the batch.
+        pairs: usize,
+        /// Why they were skipped.
+        skipped: Skipped,
+    },
+    /// A ranking that orders nothing, or not as many answers as it has.
+    #[error("ranking {row}: {reason}")]
+    BadRanking {
+        /// Position in the batch.
+        row: usize,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// The safer answer is called unsafe, and the less safe one safe.
+    #[error("comparison {row} calls the safer answer unsafe and the less safe one safe")]
+    InconsistentSafety {
+        /// Position in the batch.
+        row: usize,
     },
 }

@@ -9,6 +9,7 @@ use rlhf_scale::{UpdateConfig, Updater};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use crate::access::trainer_access;
 use crate::label::Targets;
 use crate::trainer::check_microbatch_size;
 use crate::{Error, Labelled, LabelledBatch, Result, classification_loss, regression_loss};
@@ -144,44 +145,9 @@ impl<S: Scorer> LabelTrainer<S> {
             texts: data.len(),
         })
     }
-
-    /// The model in training.
-    pub fn model(&self) -> &S {
-        &self.model
-    }
-
-    /// The model, trained.
-    pub fn into_model(self) -> S {
-        self.model
-    }
-
-    /// The options this trainer was made with.
-    pub fn config(&self) -> &LabelConfig {
-        &self.config
-    }
-
-    /// The update path: its learning rate, loss scale and averaged weights.
-    pub fn updater(&self) -> &Updater {
-        &self.updater
-    }
-
-    /// Writes weights, optimiser state and step into the folder `dir`.
-    ///
-    /// # Errors
-    /// If a file cannot be written.
-    pub fn save(&self, dir: &Path) -> Result<()> {
-        Ok(self.updater.save(dir)?)
-    }
-
-    /// Restores bit for bit what [`save`](Self::save) wrote.
-    ///
-    /// # Errors
-    /// A missing or damaged file; a file of another model or configuration. Nothing has changed
-    /// then.
-    pub fn load(&mut self, dir: &Path) -> Result<()> {
-        Ok(self.updater.load(dir)?)
-    }
 }
+
+trainer_access!(LabelTrainer, LabelConfig);
 
 impl<S: Scorer> EpochTrainer for LabelTrainer<S> {
     type Item = Labelled;

@@ -1,10 +1,15 @@
 //! Scores on a known scale.
 
-use rlhf_core::{Completions, Error as CoreError, RewardModel};
+use std::path::Path;
+
+use rlhf_core::{Completions, Error as CoreError, RewardModel, Stats};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::{Error, Result};
+
+/// Where a model's folder keeps the scale of its scores.
+const FILE: &str = "score_normalizer.json";
 
 /// An affine map of scores, `(s − mean) / deviation`, that gives the scores it was fitted to mean
 /// 0 and deviation 1.
@@ -43,6 +48,52 @@ impl ScoreNormalizer {
             });
         }
         Ok(Self { mean, deviation })
+    }
+
+    /// Writes the map into a model's folder, beside the files of transformers, which does not look
+    /// at it. The file is complete or not there.
+    ///
+    /// # Errors
+    /// A folder or file that cannot be written.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        std::fs::create_dir_all(dir).map_err(CoreError::io("creating", dir))?;
+        let (path, staged) = (dir.join(FILE), dir.join(format!(".{FILE}.partial")));
+        let json = serde_json::to_string_pretty(self).map_err(CoreError::model)?;
+        std::fs::write(&staged, json + "\n").map_err(CoreError::io("writing", &staged))?;
+        std::fs::rename(&staged, &path).map_err(CoreError::io("renaming", &staged))?;
+        Ok(())
+    }
+
+    /// Reads the map of a model's folder; `None` where it has none.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or that holds no map with a finite mean and a positive, finite
+    /// deviation.
+    pub fn from_dir(dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join(FILE);
+        let text = match std::fs::read_to_string(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            text => text.map_err(CoreError::io("reading", &path))?,
+        };
+        let corrupt = |reason: String| CoreError::Corrupt {
+            path: path.clone(),
+            reason,
+        };
+        let map: Self = serde_json::from_str(&text).map_err(|e| corrupt(e.to_string()))?;
+        let Self { mean, deviation } = map;
+        if !(mean.is_finite() && deviation.is_finite() && deviation > 0.0) {
+            let reason = format!("mean {mean} and deviation {deviation} are no scale");
+            return Err(corrupt(reason).into());
+        }
+        Ok(Some(map))
+    }
+
+    /// The map that leaves scores as they are.
+    pub fn identity() -> Self {
+        Self {
+            mean: 0.0,
+            deviation: 1.0,
+        }
     }
 
     /// Maps scores of any shape.
@@ -97,6 +148,17 @@ impl<M: RewardModel> Normalized<M> {
         Self { model, normalizer }
     }
 
+    /// A model that was loaded from `dir`, with the map that is stored there
+    /// ([`ScoreNormalizer::save`]); scores stay as they are where there is none.
+    ///
+    /// # Errors
+    /// Those of [`ScoreNormalizer::from_dir`].
+    pub fn from_dir(model: M, dir: impl AsRef<Path>) -> Result<Self> {
+        let stored = ScoreNormalizer::from_dir(dir.as_ref())?;
+        let normalizer = stored.unwrap_or(ScoreNormalizer::identity());
+        Ok(Self { model, normalizer })
+    }
+
     /// The map.
     pub fn normalizer(&self) -> ScoreNormalizer {
         self.normalizer
@@ -116,6 +178,10 @@ impl<M: RewardModel> Normalized<M> {
 impl<M: RewardModel> RewardModel for Normalized<M> {
     fn score(&self, completions: &Completions) -> rlhf_core::Result<Tensor> {
         Ok(self.normalizer.apply(&self.model.score(completions)?))
+    }
+
+    fn take_report(&self) -> Stats {
+        self.model.take_report()
     }
 }
 
@@ -140,6 +206,31 @@ mod tests {
         let mapped = map.apply(&Tensor::from_slice(&scores));
         assert!(mapped.mean(Kind::Double).double_value(&[]).abs() < 1e-12);
         assert!((mapped.std(false).double_value(&[]) - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_folder_keeps_the_map() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(ScoreNormalizer::from_dir(dir.path()).unwrap(), None);
+        let map = ScoreNormalizer {
+            mean: 0.1 + 0.2,
+            deviation: 1e-3,
+        };
+        map.save(dir.path()).unwrap();
+        assert_eq!(ScoreNormalizer::from_dir(dir.path()).unwrap(), Some(map));
+        for bad in [
+            "{",
+            r#"{"mean": 0}"#,
+            r#"{"mean": 0, "deviation": 0}"#,
+            r#"{"mean": 0, "deviation": -1}"#,
+            r#"{"mean": 0, "deviation": 1, "x": 2}"#,
+        ] {
+            std::fs::write(dir.path().join(FILE), bad).unwrap();
+            assert!(matches!(
+                ScoreNormalizer::from_dir(dir.path()),
+                Err(Error::Core(CoreError::Corrupt { .. }))
+            ));
+        }
     }
 
     #[test]

@@ -1,9 +1,38 @@
 //! The Bradley-Terry loss over comparisons, and what comparisons say about a scorer.
 
 use rlhf_core::{Error as CoreError, check_same_shape};
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::Result;
+
+/// The terms of [`pairwise_loss`] beside the likelihood itself. All are off by default.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PairwiseTerms {
+    /// `κ`: how strongly scores are pulled towards 0. Eisenstein et al. 2023 use 0.01.
+    pub center_coef: f64,
+    /// `ε`: the share of comparisons whose answers were taken for one another.
+    pub label_smoothing: f64,
+}
+
+impl PairwiseTerms {
+    /// Checks every field.
+    ///
+    /// # Errors
+    /// An invalid configuration, naming the field.
+    pub fn validate(&self) -> Result<()> {
+        if !(self.center_coef.is_finite() && self.center_coef >= 0.0) {
+            let reason = "a finite number that is not negative is needed";
+            return Err(CoreError::config("center_coef", self.center_coef, reason).into());
+        }
+        if !(0.0..0.5).contains(&self.label_smoothing) {
+            let reason = "a share from 0 up to, but not including, 0.5 is needed";
+            return Err(CoreError::config("label_smoothing", self.label_smoothing, reason).into());
+        }
+        Ok(())
+    }
+}
 
 /// What [`pairwise_loss`] reads. Every tensor is `[B]` f32, one element per pair.
 #[derive(Debug, Clone, Copy)]
@@ -29,12 +58,14 @@ pub struct PairwiseLoss {
 
 /// The Bradley-Terry negative log-likelihood of comparisons, per pair
 ///
-/// `−log σ(r_c − r_r − margin) + κ (r_c + r_r)²`,
+/// `−(1 − ε) log σ(d) − ε log σ(−d) + κ (r_c + r_r)²` with `d = r_c − r_r − margin`,
 ///
 /// as in InstructGPT (Ouyang et al. 2022, equation 1), with the margin of Llama 2 (Touvron et
 /// al. 2023, equation 2) and the centring term of Eisenstein et al. 2023 (section 2.1): the
-/// first term sees only differences of scores, so a small `center_coef` κ keeps the scores
-/// themselves near 0.
+/// likelihood sees only differences of scores, so a small `center_coef` κ keeps the scores
+/// themselves near 0. `label_smoothing` ε is the probability that a label is wrong, as in the
+/// conservative DPO of Mitchell 2023: it keeps `d` near `log((1 − ε)/ε)` where the likelihood
+/// alone would let it grow without end.
 ///
 /// The loss is the weighted sum over the pairs given here divided by `denominator`. For a whole
 /// batch that is the sum of its weights (the number of pairs, without weights); for a microbatch
@@ -42,7 +73,7 @@ pub struct PairwiseLoss {
 /// batch's.
 ///
 /// ```
-/// use rlhf_reward::{PairwiseInputs, pairwise_loss, tch::Tensor};
+/// use rlhf_reward::{PairwiseInputs, PairwiseTerms, pairwise_loss, tch::Tensor};
 ///
 /// let inputs = PairwiseInputs {
 ///     chosen: &Tensor::from_slice(&[1f32, 0.0]),
@@ -50,7 +81,7 @@ pub struct PairwiseLoss {
 ///     margins: None,
 ///     weights: None,
 /// };
-/// let loss = pairwise_loss(inputs, 0.0, 2.0)?.loss;
+/// let loss = pairwise_loss(inputs, PairwiseTerms::default(), 2.0)?.loss;
 /// assert!((loss.double_value(&[]) - 2f64.ln()).abs() < 1e-6);
 /// # Ok::<(), rlhf_reward::Error>(())
 /// ```
@@ -59,9 +90,10 @@ pub struct PairwiseLoss {
 /// A shape mismatch; an empty batch; a denominator that is not a positive number.
 pub fn pairwise_loss(
     inputs: PairwiseInputs<'_>,
-    center_coef: f64,
+    terms: PairwiseTerms,
     denominator: f64,
 ) -> Result<PairwiseLoss> {
+    terms.validate()?;
     let PairwiseInputs {
         chosen, rejected, ..
     } = inputs;
@@ -80,8 +112,12 @@ pub fn pairwise_loss(
         difference -= margins;
     }
     let mut losses = -difference.log_sigmoid();
-    if center_coef != 0.0 {
-        losses += (chosen + rejected).square() * center_coef;
+    if terms.label_smoothing != 0.0 {
+        // −log σ(−d) = d − log σ(d): the two differ by d alone.
+        losses += &difference * terms.label_smoothing;
+    }
+    if terms.center_coef != 0.0 {
+        losses += (chosen + rejected).square() * terms.center_coef;
     }
     let weighted = match inputs.weights {
         Some(weights) => {
@@ -155,6 +191,13 @@ mod tests {
         Tensor::from_slice(x).to_kind(Kind::Float)
     }
 
+    fn centred(center_coef: f64) -> PairwiseTerms {
+        PairwiseTerms {
+            center_coef,
+            ..PairwiseTerms::default()
+        }
+    }
+
     fn softplus(x: f64) -> f64 {
         x.exp().ln_1p()
     }
@@ -169,13 +212,40 @@ mod tests {
             margins: Some(&margins),
             weights: Some(&weights),
         };
-        let out = pairwise_loss(inputs, 0.1, 4.0).unwrap();
+        let out = pairwise_loss(inputs, centred(0.1), 4.0).unwrap();
         let first = softplus(-0.25) + 0.1 * 1.25 * 1.25;
         let second = softplus(2.5) + 0.1 * 1.5 * 1.5;
         assert!((out.losses.double_value(&[0]) - first).abs() < 1e-6);
         assert!((out.losses.double_value(&[1]) - second).abs() < 1e-6);
         let mean = (3.0 * first + second) / 4.0;
         assert!((out.loss.double_value(&[]) - mean).abs() < 1e-6);
+    }
+
+    #[test]
+    fn label_smoothing_by_hand() {
+        let (chosen, rejected) = (f(&[1.0, -2.0]), f(&[0.25, 3.0]));
+        let inputs = PairwiseInputs {
+            chosen: &chosen,
+            rejected: &rejected,
+            margins: Some(&f(&[0.5, 0.0])),
+            weights: None,
+        };
+        let terms = PairwiseTerms {
+            label_smoothing: 0.1,
+            ..PairwiseTerms::default()
+        };
+        let out = pairwise_loss(inputs, terms, 2.0).unwrap();
+        for (row, d) in [0.25, -5.0].into_iter().enumerate() {
+            let expected = 0.9 * softplus(-d) + 0.1 * softplus(d);
+            assert!((out.losses.double_value(&[row as i64]) - expected).abs() < 1e-6);
+        }
+        for label_smoothing in [0.5, -0.1, f64::NAN] {
+            let terms = PairwiseTerms {
+                label_smoothing,
+                ..terms
+            };
+            assert!(pairwise_loss(inputs, terms, 2.0).is_err());
+        }
     }
 
     #[test]
@@ -188,7 +258,7 @@ mod tests {
                 margins: None,
                 weights: None,
             };
-            let out = pairwise_loss(inputs, 0.01, 3.0).unwrap();
+            let out = pairwise_loss(inputs, centred(0.01), 3.0).unwrap();
             out.loss.double_value(&[])
         };
         assert!((loss(0, 3) - loss(0, 1) - loss(1, 2)).abs() < 1e-6);
@@ -203,7 +273,10 @@ mod tests {
             margins: None,
             weights: None,
         };
-        pairwise_loss(inputs, 0.0, 1.0).unwrap().loss.backward();
+        pairwise_loss(inputs, PairwiseTerms::default(), 1.0)
+            .unwrap()
+            .loss
+            .backward();
         let expected = -1.0 / (1.0 + 0.8f64.exp()); // −σ(r_r − r_c)
         assert!((chosen.grad().double_value(&[0]) - expected).abs() < 1e-6);
     }
@@ -216,7 +289,9 @@ mod tests {
             margins: None,
             weights: None,
         };
-        let loss = pairwise_loss(inputs, 0.0, 1.0).unwrap().loss;
+        let loss = pairwise_loss(inputs, PairwiseTerms::default(), 1.0)
+            .unwrap()
+            .loss;
         assert_eq!(loss.double_value(&[]), 2e4);
     }
 
@@ -239,9 +314,9 @@ mod tests {
             weights: None,
         };
         let two = f(&[1.0, 2.0]);
-        assert!(pairwise_loss(inputs(&one, &two), 0.0, 1.0).is_err());
-        assert!(pairwise_loss(inputs(&one, &one), 0.0, 0.0).is_err());
+        assert!(pairwise_loss(inputs(&one, &two), PairwiseTerms::default(), 1.0).is_err());
+        assert!(pairwise_loss(inputs(&one, &one), PairwiseTerms::default(), 0.0).is_err());
         let none = f(&[]);
-        assert!(pairwise_loss(inputs(&none, &none), 0.0, 1.0).is_err());
+        assert!(pairwise_loss(inputs(&none, &none), PairwiseTerms::default(), 1.0).is_err());
     }
 }

@@ -8,9 +8,12 @@ use rlhf_core::{
 };
 use rlhf_scale::{AdamWConfig, UpdateConfig, Updater};
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use crate::{Error, PairwiseInputs, PairwiseLoss, Result, pairwise_loss, pairwise_metrics};
+use crate::access::trainer_access;
+use crate::pair_scores::PairScores;
+use crate::screen::usable;
+use crate::{Error, Heads, PairwiseTerms, Result, Skipped, pairwise_metrics};
 
 /// How a [`RewardTrainer`] trains.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -51,10 +54,12 @@ impl RewardConfig {
     /// An invalid configuration, naming the field.
     pub fn validate(&self) -> Result<()> {
         self.update.validate()?;
-        if !(self.center_coef.is_finite() && self.center_coef >= 0.0) {
-            let reason = "a finite number that is not negative is needed";
-            return Err(CoreError::config("center_coef", self.center_coef, reason).into());
-        }
+        let center_coef = self.center_coef;
+        let terms = PairwiseTerms {
+            center_coef,
+            ..PairwiseTerms::default()
+        };
+        terms.validate()?;
         check_microbatch_size(self.microbatch_size)
     }
 }
@@ -69,12 +74,22 @@ pub(crate) fn check_microbatch_size(size: usize) -> Result<()> {
 /// Trains a [`Scorer`] on comparisons with the Bradley-Terry loss ([`pairwise_loss`]).
 ///
 /// One [`step`](Self::step) at a time, or epochs over a dataset with [`train`](Self::train).
-/// Margins and weights of the pairs are used where they are given.
+/// Margins and weights of the pairs are used where they are given. A pair whose answers are equal,
+/// or one of them empty, teaches nothing: it is skipped and counted ([`screen_pairs`] leaves such
+/// pairs out beforehand). Both answers of a pair go through the model in one batch and share their
+/// prompt, which a model may compute once.
+///
+/// A scorer with several labels can be trained as an ensemble of heads:
+/// [`with_heads`](Self::with_heads).
+///
+/// [`screen_pairs`]: crate::screen_pairs
 #[derive(Debug)]
 pub struct RewardTrainer<S> {
     model: S,
     updater: Updater,
     config: RewardConfig,
+    heads: Heads,
+    label_smoothing: f64,
 }
 
 /// How well a scorer agrees with comparisons.
@@ -88,8 +103,10 @@ pub struct RewardEvaluation {
     pub mean_margin: f64,
     /// Mean score of both sides.
     pub mean_reward: f64,
-    /// Number of pairs.
+    /// Number of pairs that this was measured on.
     pub pairs: usize,
+    /// Pairs that were left out.
+    pub skipped: Skipped,
 }
 
 impl<S: Scorer> RewardTrainer<S> {
@@ -103,36 +120,71 @@ impl<S: Scorer> RewardTrainer<S> {
             updater: Updater::new(model.named_parameters(), &config.update)?,
             model,
             config,
+            heads: Heads::ONE,
+            label_smoothing: 0.0,
         })
+    }
+
+    /// Trains every head of a scorer with several labels, an ensemble on one trunk (for
+    /// [`HeadEnsemble`](crate::HeadEnsemble)). The loss is the mean over pairs and heads;
+    /// accuracy, margin and levels are those of the heads' mean score.
+    ///
+    /// # Errors
+    /// An invalid configuration: no head.
+    pub fn with_heads(mut self, heads: Heads) -> Result<Self> {
+        if heads.count == 0 {
+            return Err(CoreError::config("heads.count", 0, "must be at least 1").into());
+        }
+        self.heads = heads;
+        Ok(self)
+    }
+
+    /// Tells the loss which share of the labels is wrong: `ε` of
+    /// [`pairwise_loss`](crate::pairwise_loss), 0 unless told.
+    ///
+    /// # Errors
+    /// An invalid configuration: a share outside `0..0.5`.
+    pub fn with_label_smoothing(mut self, label_smoothing: f64) -> Result<Self> {
+        self.label_smoothing = label_smoothing;
+        self.terms().validate()?;
+        Ok(self)
+    }
+
+    fn terms(&self) -> PairwiseTerms {
+        PairwiseTerms {
+            center_coef: self.config.center_coef,
+            label_smoothing: self.label_smoothing,
+        }
     }
 
     /// One optimiser step on the weighted mean loss of all pairs.
     ///
     /// The stats are those of the batch before its update: `reward/loss`, `reward/accuracy`,
     /// `reward/mean_margin`, `reward/mean_reward`, `reward/min_reward`, `reward/max_reward`,
-    /// `reward/grad_norm` (before clipping), `reward/lr`; with loss scaling those of
-    /// [`UpdateStats::metrics`] too.
+    /// `reward/skipped` (pairs that teach nothing), `reward/grad_norm` (before clipping),
+    /// `reward/lr`; of several heads `reward/disagreement`, the mean deviation of a pair's score
+    /// difference over the heads; with loss scaling those of [`UpdateStats::metrics`] too.
     ///
     /// [`UpdateStats::metrics`]: rlhf_scale::UpdateStats::metrics
     ///
     /// # Errors
-    /// Those of the model; a loss or gradient that is not finite; weights that add up to 0.
-    /// Nothing has changed then.
+    /// Those of the model; a loss or gradient that is not finite; weights that add up to 0;
+    /// [`Error::NothingToLearn`] where every pair is skipped. Nothing has changed then.
     pub fn step(&mut self, batch: &PreferenceBatch) -> Result<Stats> {
-        let (model, config) = (&self.model, &self.config);
-        let parts = batch.split(config.microbatch_size)?;
-        let denominator = batch.total_weight();
+        let (batch, skipped) = usable(batch)?;
+        let (model, heads, terms) = (&self.model, self.heads, self.terms());
+        let parts = batch.split(self.config.microbatch_size)?;
+        let denominator = heads.weights(&batch).iter().sum();
         let mut scored = Vec::with_capacity(parts.len());
         let update = self.updater.update(parts.len(), |i| -> Result<Tensor> {
-            let scores = PairScores::of(model, &parts[i])?;
-            let loss = scores
-                .loss(&parts[i], config.center_coef, denominator)?
-                .loss;
+            let scores = PairScores::of(model, &parts[i], heads)?;
+            let loss = scores.loss(&parts[i], heads, terms, denominator)?.loss;
             scored.push(scores.detached());
             Ok(loss)
         })?;
         let scores = PairScores::cat(&scored);
-        let metrics = pairwise_metrics(&scores.chosen, &scores.rejected)?;
+        let (chosen, rejected) = scores.means();
+        let metrics = pairwise_metrics(&chosen, &rejected)?;
         let mut stats = Stats::from_iter(update.metrics("reward"));
         stats.extend([
             ("reward/accuracy", metrics.accuracy),
@@ -140,7 +192,11 @@ impl<S: Scorer> RewardTrainer<S> {
             ("reward/mean_reward", metrics.mean_reward),
             ("reward/min_reward", metrics.min_reward),
             ("reward/max_reward", metrics.max_reward),
+            ("reward/skipped", skipped.total() as f64),
         ]);
+        if heads.count > 1 {
+            stats.insert("reward/disagreement", scores.disagreement()?);
+        }
         Ok(stats)
     }
 
@@ -161,64 +217,32 @@ impl<S: Scorer> RewardTrainer<S> {
     /// Scores `pairs` and compares the scores with what people preferred.
     ///
     /// # Errors
-    /// No pairs; a score that is not finite; those of the model.
+    /// No pairs, or none that can be compared; a score that is not finite; those of the model.
     pub fn evaluate(&self, pairs: &[Preference]) -> Result<RewardEvaluation> {
         let _no_grad = tch::no_grad_guard();
-        let batch = PreferenceBatch::new(pairs.to_vec())?;
+        let (batch, skipped) = usable(&PreferenceBatch::new(pairs.to_vec())?)?;
         let mut scored = Vec::new();
         for part in batch.split(self.config.microbatch_size)? {
-            scored.push(PairScores::of(&self.model, &part)?);
+            scored.push(PairScores::of(&self.model, &part, self.heads)?);
         }
         let scores = PairScores::cat(&scored);
         scores.check_finite()?;
-        let loss = scores.loss(&batch, self.config.center_coef, batch.total_weight())?;
-        let metrics = pairwise_metrics(&scores.chosen, &scores.rejected)?;
+        let denominator = self.heads.weights(&batch).iter().sum();
+        let loss = scores.loss(&batch, self.heads, self.terms(), denominator)?;
+        let (chosen, rejected) = scores.means();
+        let metrics = pairwise_metrics(&chosen, &rejected)?;
         Ok(RewardEvaluation {
             loss: f64::try_from(loss.loss).map_err(CoreError::from)?,
             accuracy: metrics.accuracy,
             mean_margin: metrics.mean_margin,
             mean_reward: metrics.mean_reward,
-            pairs: pairs.len(),
+            pairs: batch.len(),
+            skipped,
         })
     }
-
-    /// The model in training.
-    pub fn model(&self) -> &S {
-        &self.model
-    }
-
-    /// The model, trained.
-    pub fn into_model(self) -> S {
-        self.model
-    }
-
-    /// The options this trainer was made with.
-    pub fn config(&self) -> &RewardConfig {
-        &self.config
-    }
-
-    /// The update path: its learning rate, loss scale and averaged weights.
-    pub fn updater(&self) -> &Updater {
-        &self.updater
-    }
-
-    /// Writes weights, optimiser state and step into the folder `dir`.
-    ///
-    /// # Errors
-    /// If a file cannot be written.
-    pub fn save(&self, dir: &Path) -> Result<()> {
-        Ok(self.updater.save(dir)?)
-    }
-
-    /// Restores bit for bit what [`save`](Self::save) wrote.
-    ///
-    /// # Errors
-    /// A missing or damaged file; a file of another model or configuration. Nothing has changed
-    /// then.
-    pub fn load(&mut self, dir: &Path) -> Result<()> {
-        Ok(self.updater.load(dir)?)
-    }
 }
+
+trainer_access!(RewardTrainer, RewardConfig);
 
 impl<S: Scorer> EpochTrainer for RewardTrainer<S> {
     type Item = Preference;
@@ -235,82 +259,5 @@ impl<S: Scorer> EpochTrainer for RewardTrainer<S> {
 
     fn load_from(&mut self, dir: &Path) -> Result<()> {
         self.load(dir)
-    }
-}
-
-/// Scores of both sides of some pairs, `[B]` each.
-struct PairScores {
-    chosen: Tensor,
-    rejected: Tensor,
-}
-
-impl PairScores {
-    fn of(model: &impl Scorer, batch: &PreferenceBatch) -> Result<Self> {
-        let sequences = batch.interleaved()?;
-        let scores = model.scores(&sequences)?;
-        let rows = sequences.len();
-        if scores.size() != [rows as i64, 1] {
-            return Err(Error::NotAReward {
-                shape: scores.size(),
-                sequences: rows,
-                objective: "a comparison",
-            });
-        }
-        let scores = scores.to_kind(Kind::Float).view([-1, 2]);
-        Ok(Self {
-            chosen: scores.select(1, 0),
-            rejected: scores.select(1, 1),
-        })
-    }
-
-    fn loss(
-        &self,
-        batch: &PreferenceBatch,
-        center_coef: f64,
-        denominator: f64,
-    ) -> Result<PairwiseLoss> {
-        let device = self.chosen.device();
-        let of_pairs = |value: fn(&Preference) -> f64| {
-            let values: Vec<f32> = batch.pairs().iter().map(|p| value(p) as f32).collect();
-            Tensor::from_slice(&values).to_device(device)
-        };
-        let inputs = PairwiseInputs {
-            chosen: &self.chosen,
-            rejected: &self.rejected,
-            margins: Some(&of_pairs(|p| p.margin.unwrap_or(0.0))),
-            weights: Some(&of_pairs(|p| p.weight)),
-        };
-        pairwise_loss(inputs, center_coef, denominator)
-    }
-
-    fn detached(&self) -> Self {
-        Self {
-            chosen: self.chosen.detach(),
-            rejected: self.rejected.detach(),
-        }
-    }
-
-    fn cat(parts: &[Self]) -> Self {
-        let cat = |side: fn(&Self) -> &Tensor| {
-            Tensor::cat(&parts.iter().map(side).collect::<Vec<_>>(), 0)
-        };
-        Self {
-            chosen: cat(|s| &s.chosen),
-            rejected: cat(|s| &s.rejected),
-        }
-    }
-
-    fn check_finite(&self) -> Result<()> {
-        let sides = Tensor::stack(&[&self.chosen, &self.rejected], 1).view(-1);
-        let scores = Vec::<f64>::try_from(sides).map_err(CoreError::from)?;
-        match scores.iter().position(|s| !s.is_finite()) {
-            Some(i) => Err(CoreError::NonFinite {
-                what: "score",
-                row: i / 2,
-                value: scores[i],
-            }
-            .into()),
-            None => Ok(()),
-        }
     }
 }

@@ -2,51 +2,19 @@
 //! step changes nothing, an interrupted run ends like an uninterrupted one.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod common;
+
 use std::ops::ControlFlow;
 use std::path::Path;
 
+use common::{TokenMean, VOCAB};
 use rlhf_reward::core::{
-    CheckpointConfig, EpochConfig, Event, Observer, Parameters, Preference, PreferenceBatch,
-    Result, Scorer, SequenceBatch,
+    CheckpointConfig, EpochConfig, Event, Observer, Preference, PreferenceBatch,
 };
-use rlhf_reward::tch::{Device, Kind, Tensor};
 use rlhf_reward::{
-    Error, Label, LabelConfig, LabelTrainer, Labelled, LabelledBatch, RewardConfig, RewardTrainer,
+    Error, Heads, Label, LabelConfig, LabelTrainer, Labelled, LabelledBatch, RewardConfig,
+    RewardTrainer,
 };
-
-const VOCAB: i64 = 12;
-
-/// The mean of a learned row for each token.
-struct TokenMean(Tensor);
-
-impl TokenMean {
-    fn new(labels: i64) -> Self {
-        let table = Tensor::arange(VOCAB * labels, (Kind::Float, Device::Cpu)).cos() * 0.3;
-        Self(table.view([VOCAB, labels]).set_requires_grad(true))
-    }
-}
-
-impl Parameters for TokenMean {
-    fn named_parameters(&self) -> Vec<(String, Tensor)> {
-        vec![("table".into(), self.0.shallow_clone())]
-    }
-}
-
-impl Scorer for TokenMean {
-    fn scores(&self, batch: &SequenceBatch) -> Result<Tensor> {
-        batch.check_vocabulary(VOCAB)?;
-        let packed = batch.packed(Device::Cpu);
-        let rows = self.0.f_index_select(0, &packed.input_ids)?;
-        let mean = |segment: &std::ops::Range<i64>| {
-            let tokens = rows.narrow(0, segment.start, segment.end - segment.start);
-            tokens.mean_dim([0i64].as_slice(), false, Kind::Float)
-        };
-        Ok(Tensor::stack(
-            &packed.segments.iter().map(mean).collect::<Vec<_>>(),
-            0,
-        ))
-    }
-}
 
 fn pairs() -> Vec<Preference> {
     (0..10i64)
@@ -83,7 +51,7 @@ fn the_split_into_microbatches_does_not_matter() {
     let (mut whole, mut split) = (trainer(10), trainer(3));
     for _ in 0..3 {
         let (a, b) = (whole.step(&batch).unwrap(), split.step(&batch).unwrap());
-        assert_eq!(a.len(), 8);
+        assert_eq!(a.len(), 9);
         for (metric, value) in a.iter() {
             assert!((value - b.get(metric).unwrap()).abs() < 1e-6, "{metric}");
         }
@@ -134,6 +102,117 @@ fn evaluation_and_step_agree_on_the_loss() {
         .unwrap();
     assert!((report.loss - stats.get("reward/loss").unwrap()).abs() < 1e-6);
     assert_eq!(Some(report.accuracy), stats.get("reward/accuracy"));
+}
+
+#[test]
+fn pairs_that_teach_nothing_are_skipped_and_counted() {
+    let mut some = pairs();
+    some.insert(3, Preference::new([1], [4, 5], [4, 5]));
+    some.push(Preference::new([1], [], [4]));
+    let with = PreferenceBatch::new(some.clone()).unwrap();
+    let (mut a, mut b) = (trainer(4), trainer(4));
+    let stats = a.step(&with).unwrap();
+    let without = b.step(&PreferenceBatch::new(pairs()).unwrap()).unwrap();
+    assert_eq!(stats.get("reward/skipped"), Some(2.0));
+    assert_eq!(without.get("reward/skipped"), Some(0.0));
+    assert_eq!(stats.get("reward/loss"), without.get("reward/loss"));
+    assert_eq!(weights(&a), weights(&b));
+    let report = a.evaluate(&some).unwrap();
+    let counts = (report.pairs, report.skipped.equal, report.skipped.empty);
+    assert_eq!(counts, (10, 1, 1));
+
+    let before = weights(&a);
+    let nothing = PreferenceBatch::new(vec![some[3].clone()]).unwrap();
+    assert!(matches!(
+        a.step(&nothing),
+        Err(Error::NothingToLearn { pairs: 1, .. })
+    ));
+    assert_eq!(before, weights(&a));
+}
+
+#[test]
+fn label_smoothing_bounds_what_is_learned() {
+    let pairs = [Preference::new([0], [1], [2])];
+    let epochs = EpochConfig {
+        epochs: 300,
+        ..EpochConfig::default()
+    };
+    let margin = |label_smoothing: f64| {
+        let mut plain = config(1);
+        plain.center_coef = 0.0;
+        let mut trainer = RewardTrainer::new(TokenMean::new(1), plain)
+            .unwrap()
+            .with_label_smoothing(label_smoothing)
+            .unwrap();
+        trainer.train(&pairs, &epochs, &mut []).unwrap();
+        trainer.evaluate(&pairs).unwrap().mean_margin
+    };
+    let best = (0.8f64 / 0.2).ln(); // where the smoothed loss is least
+    assert!((margin(0.2) - best).abs() < 0.05, "{}", margin(0.2));
+    assert!(margin(0.0) > 2.0 * best);
+    assert!(trainer(1).with_label_smoothing(0.5).is_err());
+}
+
+#[test]
+fn heads_learn_from_weights_of_their_own() {
+    let of = |bootstrap| {
+        // All heads start alike.
+        let model = TokenMean::alike(3);
+        let heads = Heads {
+            count: 3,
+            bootstrap,
+        };
+        RewardTrainer::new(model, config(3))
+            .unwrap()
+            .with_heads(heads)
+            .unwrap()
+    };
+    let batch = PreferenceBatch::new(pairs()).unwrap();
+    let (mut same, mut apart) = (of(None), of(Some(1)));
+    for _ in 0..5 {
+        assert!(
+            same.step(&batch)
+                .unwrap()
+                .get("reward/disagreement")
+                .unwrap()
+                < 1e-6
+        );
+        apart.step(&batch).unwrap();
+    }
+    let stats = apart.step(&batch).unwrap();
+    assert!(stats.get("reward/disagreement").unwrap() > 1e-3, "{stats}");
+    // Three heads that see the same are one: their mean loss is its loss.
+    let mut one = RewardTrainer::new(TokenMean::alike(1), config(3)).unwrap();
+    let mut three = of(None);
+    for _ in 0..3 {
+        let (a, b) = (one.step(&batch).unwrap(), three.step(&batch).unwrap());
+        assert!((a.get("reward/loss").unwrap() - b.get("reward/loss").unwrap()).abs() < 1e-6);
+    }
+    // The split does not matter with weights of their own, either.
+    let mut whole = of(Some(1));
+    whole.step(&batch).unwrap();
+    let mut split = RewardTrainer::new(TokenMean::alike(3), config(10))
+        .unwrap()
+        .with_heads(Heads {
+            count: 3,
+            bootstrap: Some(1),
+        })
+        .unwrap();
+    split.step(&batch).unwrap();
+    for (a, b) in weights(&whole).iter().zip(weights(&split)) {
+        assert!((a - b).abs() < 1e-6);
+    }
+    let two = Heads {
+        count: 2,
+        bootstrap: None,
+    };
+    let wrong = trainer(1).with_heads(two).unwrap();
+    assert!(matches!(
+        wrong.evaluate(&pairs()),
+        Err(Error::NotHeads { heads: 2, .. })
+    ));
+    let none = Heads { count: 0, ..two };
+    assert!(trainer(1).with_heads(none).is_err());
 }
 
 #[test]
