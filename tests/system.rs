@@ -93,6 +93,23 @@ fn a_reward_model_without_a_tokenizer_uses_that_of_the_base() {
 }
 
 #[test]
+fn scores_are_on_the_scale_that_the_folder_keeps() {
+    let reward = copied("gpt2_rm");
+    let scale = rlhf::reward::ScoreNormalizer {
+        mean: 0.25,
+        deviation: 0.5,
+    };
+    scale.save(reward.path()).unwrap();
+    let scaled = RlhfSystem::from_pretrained(model("gpt2"), reward.path()).unwrap();
+    let text = "The quick brown fox";
+    let expected = (system().get_reward(text).unwrap() - 0.25) / 0.5;
+    assert!((scaled.get_reward(text).unwrap() - expected).abs() < 1e-6);
+    assert_eq!(scaled.score_normalizer(), scale);
+    fs::write(reward.path().join("score_normalizer.json"), "{}").unwrap();
+    assert!(RlhfSystem::from_pretrained(model("gpt2"), reward.path()).is_err());
+}
+
+#[test]
 fn folders_that_will_not_do() {
     let nowhere = error("no/such/folder", model("gpt2_rm"));
     assert!(

@@ -9,6 +9,7 @@ use rlhf_core::{
     SequenceBatch, generate,
 };
 use rlhf_models::{CausalLm, LoadOptions, ModelConfig, SequenceClassifier, Tokenizer};
+use rlhf_reward::{Normalized, ScoreNormalizer};
 
 use crate::{Error, Result};
 
@@ -27,7 +28,7 @@ use crate::{Error, Result};
 /// where a model was trained with them.
 pub struct RlhfSystem {
     policy: CausalLm,
-    reward_model: SequenceClassifier,
+    reward_model: Normalized<SequenceClassifier>,
     tokenizer: Tokenizer,
     /// The reward model's own, where its folder has one.
     reward_tokenizer: Option<Tokenizer>,
@@ -40,7 +41,8 @@ impl RlhfSystem {
     /// Loads both from Hugging Face folders, on the CPU and in the kind they are stored in.
     ///
     /// `base_dir` holds a causal language model and a tokenizer, `reward_dir` a sequence
-    /// classifier with one label. If `reward_dir` has no tokenizer of its own, that of
+    /// classifier with one label; where it keeps a scale of its scores ([`ScoreNormalizer`]), they
+    /// are put on it. If `reward_dir` has no tokenizer of its own, that of
     /// `base_dir` serves both.
     ///
     /// # Errors
@@ -87,7 +89,7 @@ impl RlhfSystem {
         };
         Ok(Self {
             policy,
-            reward_model,
+            reward_model: Normalized::from_dir(reward_model, reward_dir)?,
             tokenizer,
             reward_tokenizer,
             generation,
@@ -182,7 +184,12 @@ impl RlhfSystem {
 
     /// The reward model.
     pub fn reward_model(&self) -> &SequenceClassifier {
-        &self.reward_model
+        self.reward_model.model()
+    }
+
+    /// The scale of the reward model's scores: that of its folder, or none.
+    pub fn score_normalizer(&self) -> ScoreNormalizer {
+        self.reward_model.normalizer()
     }
 
     /// The language model's tokenizer.
@@ -201,7 +208,7 @@ impl RlhfSystem {
     }
 
     /// Takes the models and the language model's tokenizer out, for a trainer.
-    pub fn into_parts(self) -> (CausalLm, SequenceClassifier, Tokenizer) {
+    pub fn into_parts(self) -> (CausalLm, Normalized<SequenceClassifier>, Tokenizer) {
         (self.policy, self.reward_model, self.tokenizer)
     }
 }

@@ -88,6 +88,7 @@
 //! | metric | meaning |
 //! |---|---|
 //! | `ppo/score/mean`, `ppo/score/std` | what the reward model said |
+//! | `ppo/judge/…` | what it reports of itself ([`take_report`](core::RewardModel::take_report)): components of a sum, disagreement of an ensemble |
 //! | `ppo/reward/mean` | score, clipped and after the missing-EOS rule, less the KL penalty |
 //! | `ppo/kl` | estimated KL from the reference, nats **per sequence** |
 //! | `ppo/kl_coef` | coefficient of the penalty in this step |

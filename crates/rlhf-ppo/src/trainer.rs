@@ -254,6 +254,8 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
         let lr = done.last().map_or_else(|| self.updater.lr(), |m| m.lr);
         let mut stats = stats::rollout_stats(rollout, &self.constraints);
         stats.extend(stats::update_stats(&done, lr));
+        let report = self.reward.take_report().into_iter();
+        stats.extend(report.map(|(name, value)| (format!("ppo/judge/{name}"), value)));
 
         // 8. The KL coefficient follows what was measured, per sequence.
         self.kl.observe(rollout.kl_per_sequence(), rollout.len());

@@ -76,6 +76,24 @@ fn assert_all_finite(stats: &Stats) {
 }
 
 #[test]
+fn what_the_reward_model_reports_is_in_the_statistics() {
+    struct Reporting;
+    impl RewardModel for Reporting {
+        fn score(&self, completions: &Completions) -> rlhf_ppo::core::Result<Tensor> {
+            reward_fn(|_, response| response.len() as f64).score(completions)
+        }
+
+        fn take_report(&self) -> Stats {
+            Stats::from_iter([("disagreement", 0.25)])
+        }
+    }
+    let stats = trainer_with(config(), Reporting)
+        .step(&prompts()[..16])
+        .unwrap();
+    assert_eq!(stats.get("ppo/judge/disagreement"), Some(0.25));
+}
+
+#[test]
 fn the_score_rises_and_the_statistics_are_whole() {
     let mut trainer = trainer(config());
     let mut seen: Vec<Stats> = Vec::new();

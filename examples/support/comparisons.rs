@@ -1,0 +1,80 @@
+//! The embedded data as comparisons, and comparisons of the user's own.
+
+use std::error::Error;
+use std::path::Path;
+
+use rlhf::core::{Completions, GenerationConfig, Preference, RngStreams, generate};
+use rlhf::models::data::{PreferencePair, read_jsonl};
+use rlhf::models::{CausalLm, Tokenizer};
+
+use crate::support::task::{Pair, SummaryTask};
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// The human summary of each text against one that `model` samples.
+pub fn against_samples(
+    model: &CausalLm,
+    task: &SummaryTask,
+    pairs: &[Pair],
+    generation: &GenerationConfig,
+    streams: &RngStreams,
+    first_index: u64,
+) -> Result<Vec<Preference>> {
+    let prompts = pairs
+        .iter()
+        .map(|pair| task.prompt(&pair.text))
+        .collect::<Result<Vec<_>>>()?;
+    let own: Completions = generate(model, &prompts, generation, streams, first_index)?;
+    pairs
+        .iter()
+        .zip(own.batch.into_sequences())
+        .map(|(pair, own)| {
+            let human = task.response(&pair.summary)?;
+            Ok(Preference::new(own.prompt, human, own.response))
+        })
+        .collect()
+}
+
+/// The human summary of each text against that of the next text: a summary must fit its text,
+/// not only read well.
+pub fn against_mismatches(task: &SummaryTask, pairs: &[Pair]) -> Result<Vec<Preference>> {
+    let next = pairs.iter().cycle().skip(1);
+    pairs
+        .iter()
+        .zip(next)
+        .map(|(pair, other)| {
+            let chosen = task.response(&pair.summary)?;
+            let rejected = task.response(&other.summary)?;
+            Ok(Preference::new(task.prompt(&pair.text)?, chosen, rejected))
+        })
+        .collect()
+}
+
+/// `{"prompt", "chosen", "rejected"}` lines (and `margin`, where there is one) as tokens. Answers
+/// end with the end-of-text token where the tokenizer has one, as they do when a model writes
+/// them. A line without any token in its prompt cannot be used; how many there are is the second
+/// result.
+pub fn read_pairs(path: &Path, tokenizer: &Tokenizer) -> Result<(Vec<Preference>, usize)> {
+    let lines: Vec<PreferencePair> = read_jsonl(path)?;
+    let mut without_prompt = 0;
+    let mut pairs = Vec::with_capacity(lines.len());
+    for line in lines {
+        let prompt = tokenizer.encode(&line.prompt)?;
+        if prompt.is_empty() {
+            without_prompt += 1;
+            continue;
+        }
+        let answer = |text: &str| -> Result<Vec<i64>> {
+            let mut tokens = tokenizer.encode(text)?;
+            // An empty answer stays empty, so that it is seen to be.
+            if !tokens.is_empty() {
+                tokens.extend(tokenizer.eos_token_id());
+            }
+            Ok(tokens)
+        };
+        let mut pair = Preference::new(prompt, answer(&line.chosen)?, answer(&line.rejected)?);
+        pair.margin = line.margin;
+        pairs.push(pair);
+    }
+    Ok((pairs, without_prompt))
+}
