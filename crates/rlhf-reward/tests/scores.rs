@@ -59,7 +59,7 @@ fn random_batch(rng: &mut impl Rng, vocabulary: i64) -> Vec<Sequence> {
 #[test]
 fn a_score_does_not_depend_on_the_rest_of_the_batch() {
     let _no_grad = rlhf_reward::tch::no_grad_guard();
-    for name in ["gpt2_rm", "llama_rm"] {
+    for name in ["gpt2_rm", "llama_rm", "qwen2_rm"] {
         let model = classifier(name);
         let vocabulary = model.config().vocab_size();
         for case in 0..12 {
