@@ -1,5 +1,6 @@
 //! Does it pay to choose which comparisons people label? Measured with the embedded data, whose
 //! labels are known: the human summary is preferred.
+#![allow(dead_code, unreachable_pub)] // a module of examples, which use a part of it
 
 use std::error::Error;
 use std::fmt;

@@ -1,4 +1,5 @@
 //! The embedded data as comparisons, and comparisons of the user's own.
+#![allow(dead_code, unreachable_pub)] // a module of examples, which use a part of it
 
 use std::error::Error;
 use std::path::Path;

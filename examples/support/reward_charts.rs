@@ -1,4 +1,5 @@
 //! A reward model's report as pictures.
+#![allow(dead_code, unreachable_pub)] // a module of examples, which use a part of it
 
 use std::error::Error;
 use std::path::Path;
@@ -27,7 +28,7 @@ pub fn draw(report: &PairReport, out: &Path) -> Result<()> {
     Ok(())
 }
 
-fn chart<'a, 'b>(
+fn chart<'a, 'b: 'a>(
     area: &'a Area<'b>,
     title: &str,
     x: (std::ops::Range<f64>, &str),
@@ -94,8 +95,8 @@ fn by_length(report: &PairReport, area: &Area<'_>) -> Result<()> {
     legend(&mut chart)
 }
 
-fn line(
-    chart: &mut Chart<'_, '_>,
+fn line<'a, 'b: 'a>(
+    chart: &mut Chart<'a, 'b>,
     name: &str,
     points: Vec<(f64, f64)>,
     colour: RGBColor,
@@ -107,7 +108,7 @@ fn line(
     Ok(())
 }
 
-fn legend(chart: &mut Chart<'_, '_>) -> Result<()> {
+fn legend<'a, 'b: 'a>(chart: &mut Chart<'a, 'b>) -> Result<()> {
     chart
         .configure_series_labels()
         .background_style(WHITE.mix(0.8))
