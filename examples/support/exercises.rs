@@ -67,9 +67,8 @@ pub fn weighted_loss(
     const KINDS: [&str; 3] = ["base/summary_nll", "base/copy_nll", "base/text_nll"];
     let packed = batch.packed(Device::Cpu);
     let (mut rows, mut ids, mut kinds) = (Vec::new(), Vec::new(), Vec::new());
-    for ((segment, exercise), sequence) in
-        packed.segments.iter().zip(exercises).zip(batch.sequences())
-    {
+    for (i, (exercise, sequence)) in exercises.iter().zip(batch.sequences()).enumerate() {
+        let tokens: Vec<i64> = packed.rows(i).collect();
         let prompt = sequence.prompt.len();
         let text = task.instruction_len()..prompt - task.cue_len();
         for (at, id) in sequence.tokens().enumerate() {
@@ -79,7 +78,7 @@ pub fn weighted_loss(
                 false if at >= prompt => 0,
                 _ => continue,
             };
-            rows.push(segment.start + at as i64 - 1);
+            rows.push(tokens[at - 1]);
             ids.push(id);
             kinds.push(kind);
         }

@@ -54,7 +54,7 @@
 //! | for | see |
 //! |---|---|
 //! | models | [`Policy`], [`ValueModel`], [`RewardModel`], [`ConstraintModel`], [`Decoder`]; [`reward_fn`] and [`constraint_fn`] make closures into models |
-//! | batches | [`Sequence`], [`SequenceBatch`] (ragged), [`PaddedBatch`] (`[B, T]`), [`PackedBatch`] (`[N]`), [`PreferenceBatch`], [`Completions`] |
+//! | batches | [`Sequence`], [`SequenceBatch`] (ragged), [`PaddedBatch`] (`[B, T]`), [`PackedBatch`] (`[N]`, shared prompts once), [`PreferenceBatch`], [`Completions`] |
 //! | writing responses | [`generate()`], [`GenerationConfig`], [`sampling`], [`RngStreams`] |
 //! | arithmetic | [`gather_logprobs`], [`masked_mean`], [`masked_whiten`] and their neighbours |
 //! | runs | [`train_epochs`], [`DataCursor`], [`CheckpointStore`], [`Observer`], [`Stats`] |
@@ -116,7 +116,7 @@ pub use masked::{
     Shift, Variance, WHITEN_EPSILON, masked_mean, masked_sum, masked_var, masked_whiten,
 };
 pub use observer::{Event, JsonlObserver, Observer, ProgressObserver, notify};
-pub use packed::PackedBatch;
+pub use packed::{PackedBatch, Segment};
 pub use padded::PaddedBatch;
 pub use parameters::{Parameters, joined_parameters};
 pub use policy::{LogprobOptions, Policy};

@@ -201,9 +201,15 @@ impl SequenceBatch {
         PaddedBatch::new(self, pad_id, side, device)
     }
 
-    /// The batch as one run of `[N]` tokens with no padding.
+    /// The batch as one run of `[N]` tokens with no padding. A prompt that several sequences hold
+    /// by the same `Arc`, neighbours or not, is there once.
     pub fn packed(&self, device: Device) -> PackedBatch {
-        PackedBatch::new(self, device)
+        PackedBatch::shared(self, device)
+    }
+
+    /// [`packed`](Self::packed) with a prompt for every sequence: one segment each, in order.
+    pub fn packed_apart(&self, device: Device) -> PackedBatch {
+        PackedBatch::apart(self, device)
     }
 }
 

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use rlhf_core::{
-    Decoder, LogprobOptions, PackedBatch, PaddedBatch, Parameters, Policy, SequenceBatch,
-    TokenLogprobs,
+    Decoder, LogprobOptions, PackedBatch, PaddedBatch, Parameters, Policy, Segment,
+    SequenceBatch,    TokenLogprobs,
 };
 use rlhf_scale::{GradientCheckpointing, LinearLogprobsInput, linear_logprobs};
 use tch::{Device, Kind, Tensor};
@@ -269,14 +269,15 @@ fn unpadded(batch: &PaddedBatch) -> rlhf_core::Result<(PackedBatch, Tensor)> {
     for (row, (&offset, &length)) in batch.offsets.iter().zip(&batch.lengths).enumerate() {
         let (start, first) = (cells.len() as i64, row as i64 * width + offset as i64);
         cells.extend(first..first + length as i64);
-        segments.push(start..start + length as i64);
+        segments.push(Segment::whole(start..start + length as i64));
     }
     let cells = Tensor::from_slice(&cells).to_device(batch.input_ids.device());
     let take = |t: &Tensor| t.f_view(-1)?.f_index_select(0, &cells);
     let packed = PackedBatch {
         input_ids: take(&batch.input_ids)?,
         position_ids: take(&batch.position_ids)?,
-        responses: segments.iter().map(|s| s.end..s.end).collect(),
+        prompts: segments.iter().map(|s| s.rows.clone()).collect(),
+        responses: segments.iter().map(|s| s.rows.end..s.rows.end).collect(),
         segments,
     };
     Ok((packed, cells))

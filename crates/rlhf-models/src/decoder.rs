@@ -54,9 +54,10 @@ impl Decoder for CachedDecoder<'_> {
         batch.check_vocabulary(self.model.config().vocab_size())?;
         let lengths: Vec<i64> = prompts.iter().map(|p| p.len() as i64).collect();
         self.check_room(&lengths)?;
-        let packed = batch.packed(self.model.model.device());
+        let device = self.model.model.device();
+        let packed = batch.packed_apart(device);
         let mut cache = KvCache::new(&lengths, self.max_new_tokens as i64);
-        let segments = SegmentAttention::new(&packed.segments);
+        let segments = SegmentAttention::new(&packed.segments, device)?;
         let hidden = self.model.model.trunk.forward(
             &packed.input_ids,
             &packed.position_ids,

@@ -131,7 +131,7 @@ impl Trunk {
         checkpointing: GradientCheckpointing,
     ) -> rlhf_core::Result<Tensor> {
         let (ids, positions) = (&batch.input_ids, &batch.position_ids);
-        let attention = SegmentAttention::new(&batch.segments);
+        let attention = SegmentAttention::new(&batch.segments, positions.device())?;
         let x = self.embedding.forward(ids, positions)?;
         let rotation = self.rope.rotation(positions, x.kind())?;
         let blocks = self.blocks.iter().enumerate().map(|(layer, block)| {

@@ -182,20 +182,20 @@ impl ValueModel for ValueHeadModel {
         let packed = self.model.checked_packed(batch)?;
         let hidden = self.model.hidden_states(&packed)?;
         let width = batch.max_response_len() as i64 + 1;
-        // Row of the run and cell of the rectangle of every value.
-        let (mut rows, mut cells) = (Vec::new(), Vec::new());
-        for (i, response) in packed.responses.iter().enumerate() {
-            rows.extend(response.start - 1..response.end);
-            let first = i as i64 * width;
-            cells.extend(first..=first + response.end - response.start);
-        }
-        let index = |values: &[i64]| Tensor::from_slice(values).to_device(hidden.device());
-        let states = hidden.f_index_select(0, &index(&rows))?;
+        // Cell of the rectangle of every value.
+        let cells: Vec<i64> = batch
+            .sequences()
+            .iter()
+            .enumerate()
+            .flat_map(|(i, s)| (0..=s.response.len() as i64).map(move |j| i as i64 * width + j))
+            .collect();
+        let cells = Tensor::from_slice(&cells).to_device(hidden.device());
+        let states = hidden.f_index_select(0, &packed.state_rows())?;
         let values = self.model.head.linear.forward(&states)?.squeeze_dim(1);
         let values = values.f_to_kind(Kind::Float)?;
         let padded = Tensor::f_zeros([batch.len() as i64 * width], (Kind::Float, hidden.device()))?;
         Ok(padded
-            .f_index_copy(0, &index(&cells), &values)?
+            .f_index_copy(0, &cells, &values)?
             .f_view([batch.len() as i64, width])?)
     }
 }

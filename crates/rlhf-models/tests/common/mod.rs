@@ -53,6 +53,24 @@ pub fn model_dir(name: &str) -> PathBuf {
     .join(name)
 }
 
+/// Name and folder of every language model among the fixtures.
+pub fn language_models() -> Vec<(String, PathBuf)> {
+    let mut models: Vec<_> = std::fs::read_dir(model_dir(""))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|dir| {
+            let config = std::fs::read_to_string(dir.join("config.json")).unwrap();
+            let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+            let name = config["architectures"][0].as_str().unwrap_or_default();
+            name.ends_with("ForCausalLM") || name.ends_with("LMHeadModel")
+        })
+        .map(|dir| (dir.file_name().unwrap().to_string_lossy().into_owned(), dir))
+        .collect();
+    models.sort();
+    assert!(models.len() > 3, "{models:?}");
+    models
+}
+
 /// Prompts and completions of padded rows, whichever side the padding is on.
 pub fn batch(ids: &[Vec<i64>], attention: &[Vec<i64>], completion: &[Vec<i64>]) -> SequenceBatch {
     let sequences = (0..ids.len()).map(|row| {

@@ -34,12 +34,13 @@ impl Scorer for TokenMean {
         batch.check_vocabulary(VOCAB)?;
         let packed = batch.packed(Device::Cpu);
         let rows = self.0.f_index_select(0, &packed.input_ids)?;
-        let mean = |segment: &std::ops::Range<i64>| {
-            let tokens = rows.narrow(0, segment.start, segment.end - segment.start);
+        let mean = |sequence: usize| {
+            let tokens = Tensor::from_slice(&packed.rows(sequence).collect::<Vec<_>>());
+            let tokens = rows.index_select(0, &tokens);
             tokens.mean_dim([0i64].as_slice(), false, Kind::Float)
         };
         Ok(Tensor::stack(
-            &packed.segments.iter().map(mean).collect::<Vec<_>>(),
+            &(0..batch.len()).map(mean).collect::<Vec<_>>(),
             0,
         ))
     }
