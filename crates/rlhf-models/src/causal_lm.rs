@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use rlhf_core::{
-    Decoder, LogprobOptions, PackedBatch, PaddedBatch, Parameters, Policy, Segment,
-    SequenceBatch,    TokenLogprobs,
+    Decoder, LogprobOptions, PackedBatch, PaddedBatch, Parameters, Policy, Segment, SequenceBatch,
+    TokenLogprobs,
 };
 use rlhf_scale::{GradientCheckpointing, LinearLogprobsInput, linear_logprobs};
 use tch::{Device, Kind, Tensor};

@@ -8,9 +8,7 @@ use std::sync::Arc;
 
 use common::language_models;
 use rlhf_core::{LogprobOptions, Parameters, Policy, Scorer, Sequence, SequenceBatch, ValueModel};
-use rlhf_models::{
-    CausalLm, CheckpointPolicy, LoadOptions, SequenceClassifier, ValueHeadModel,
-};
+use rlhf_models::{CausalLm, CheckpointPolicy, LoadOptions, SequenceClassifier, ValueHeadModel};
 use rlhf_scale::clear_grads;
 use tch::{Device, Kind, Tensor};
 
@@ -94,7 +92,11 @@ fn assert_sharing_changes_nothing<M: Parameters>(
     assert_same(what, &got, &want, largest(&want));
     // Some gradients are 0 but for rounding, as those of the keys' biases: nothing is relative to
     // them alone.
-    let floor = 1e-3 * want_grads.iter().map(|(_, g)| largest(g)).fold(0.0, f64::max);
+    let floor = 1e-3
+        * want_grads
+            .iter()
+            .map(|(_, g)| largest(g))
+            .fold(0.0, f64::max);
     for ((name, got), (_, want)) in got_grads.iter().zip(&want_grads) {
         let scale = largest(want).max(floor);
         assert_same(&format!("{what}: {name}"), got, want, scale);
