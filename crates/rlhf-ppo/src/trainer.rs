@@ -276,6 +276,10 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
         rollout: &Rollout,
         rows: &[usize],
     ) -> Result<Option<MinibatchStats>> {
+        // Samples of one prompt are neighbours in the rollout; in a microbatch they share its
+        // forward pass.
+        let mut rows = rows.to_vec();
+        rows.sort_unstable();
         let microbatches = rows
             .chunks(self.config.microbatch_size)
             .map(|rows| rollout.microbatch(rows))

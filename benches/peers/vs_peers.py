@@ -1,0 +1,216 @@
+#!/usr/bin/env python3
+"""The peer's side of benches/vs_peers: transformers and TRL on the token ids that ours gets.
+
+It is started by the benchmark with the work as one JSON argument, reads `step` lines, and prints lines that begin with
+`VS_PEERS `: when all is loaded, after every step (its seconds and what it read), and at the end of its input.
+"""
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+
+work = json.loads(sys.argv[1])
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+
+torch.set_num_threads(work["threads"])
+torch.manual_seed(0)
+BATCH, STEPS = work["batch"], work["steps"]
+with open(work["pairs"]) as lines:
+    PAIRS = [json.loads(line) for line in lines]
+# As many as the steps need, in the order that ours takes them.
+ROWS = [PAIRS[i % len(PAIRS)] for i in range(BATCH * STEPS)]
+TOKENIZER = AutoTokenizer.from_pretrained(work["model"])
+if TOKENIZER.pad_token is None:
+    TOKENIZER.pad_token = TOKENIZER.eos_token
+
+
+def say(kind, **fields):
+    print("VS_PEERS " + json.dumps({kind: fields}), flush=True)
+
+
+def wait():
+    """True for another step, false at the end of the input."""
+    return sys.stdin.readline().strip() == "step"
+
+
+def done():
+    say("done", peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def read_of(ids, mask):
+    """What a step read, as ours reports it."""
+    mask = mask.bool()
+    return {"tokens": int(mask.sum()), "id_sum": int(ids[mask].sum())}
+
+
+def load(kind):
+    return AutoModelForCausalLM.from_pretrained(work["model"], dtype=kind)
+
+
+def forward_backward():
+    """Both answers of every prompt in a right-padded batch, log-probabilities from all logits."""
+    model = load(getattr(torch, work["dtype"]))
+    batches = []
+    for step in range(STEPS):
+        rows = ROWS[step * BATCH : (step + 1) * BATCH]
+        pairs = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
+        width = max(len(prompt) + len(answer) for prompt, answer in pairs)
+
+        def padded(of, fill):
+            return torch.tensor([(x := of(*pair)) + [fill] * (width - len(x)) for pair in pairs])
+
+        batches.append(
+            (
+                padded(lambda prompt, answer: prompt + answer, TOKENIZER.pad_token_id),
+                padded(lambda prompt, answer: [1] * len(prompt + answer), 0),
+                padded(lambda prompt, answer: [0] * len(prompt) + [1] * len(answer), 0),
+            )
+        )
+    say("ready", versions=f"transformers {transformers.__version__}, torch {torch.__version__}")
+    for ids, mask, answers in batches:
+        if not wait():
+            return done()
+        start = time.perf_counter()
+        model.zero_grad(set_to_none=True)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        chosen = logits.gather(2, ids[:, 1:, None]).squeeze(2) - logits.logsumexp(2)
+        (-(chosen * answers[:, 1:]).sum()).backward()
+        say("step", seconds=time.perf_counter() - start, **read_of(ids, mask))
+    wait()
+    done()
+
+
+class Turns(TrainerCallback):
+    """Waits before each of a trainer's steps and reports after it."""
+
+    def __init__(self):
+        self.read = {}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if not wait():
+            done()
+            os._exit(0)
+        self.read = {}
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        say("step", seconds=time.perf_counter() - self.start, **self.read)
+
+    def watch(self, trainer):
+        """Notes the ids of every batch that the trainer trains on."""
+        step = trainer.training_step
+
+        def training_step(model, inputs, *args, **kwargs):
+            self.read = read_of(inputs["input_ids"], inputs["attention_mask"])
+            return step(model, inputs, *args, **kwargs)
+
+        trainer.training_step = training_step
+
+
+def train(make, rows):
+    """Runs a TRL trainer on `rows`, which have the columns that it tokenises texts to, in their order."""
+    import trl
+    from datasets import Dataset
+
+    turns = Turns()
+    settings = dict(
+        output_dir=tempfile.mkdtemp(),
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        bf16=work["dtype"] == "bfloat16",
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=10**6,
+        disable_tqdm=True,
+        max_length=None,
+    )
+    trainer = make(trl, settings, turns)
+    dataset = Dataset.from_list(rows)
+    prepared = set(trainer.train_dataset.column_names)
+    if not set(dataset.column_names) <= prepared:
+        sys.exit(f"TRL prepares the columns {prepared}, not {dataset.column_names}: this script is for another version")
+    trainer.train_dataset = dataset
+    trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(dataset)
+    turns.watch(trainer)
+    say("ready", versions=f"TRL {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}")
+    trainer.train()
+    wait()
+    done()
+
+
+def texts(*columns):
+    """A few texts for a trainer to prepare, before it gets the ids instead."""
+    from datasets import Dataset
+
+    return Dataset.from_list([{column: "a b c" for column in columns} for _ in range(2)])
+
+
+def sft():
+    def make(trl, settings, turns):
+        return trl.SFTTrainer(
+            model=load(torch.float32),
+            args=trl.SFTConfig(**settings),
+            train_dataset=texts("prompt", "completion"),
+            processing_class=TOKENIZER,
+            callbacks=[turns],
+        )
+
+    rows = [
+        {
+            "input_ids": row["prompt"] + row["chosen"],
+            "completion_mask": [0] * len(row["prompt"]) + [1] * len(row["chosen"]),
+        }
+        for row in ROWS
+    ]
+    train(make, rows)
+
+
+def dpo():
+    def make(trl, settings, turns):
+        return trl.DPOTrainer(
+            model=load(torch.float32),
+            args=trl.DPOConfig(**settings),
+            train_dataset=texts("prompt", "chosen", "rejected"),
+            processing_class=TOKENIZER,
+            callbacks=[turns],
+        )
+
+    rows = [
+        {"prompt_ids": row["prompt"], "chosen_ids": row["chosen"], "rejected_ids": row["rejected"]} for row in ROWS
+    ]
+    train(make, rows)
+
+
+def reward():
+    def make(trl, settings, turns):
+        model = AutoModelForSequenceClassification.from_pretrained(work["model"], num_labels=1, dtype=torch.float32)
+        model.config.pad_token_id = TOKENIZER.pad_token_id
+        return trl.RewardTrainer(
+            model=model,
+            args=trl.RewardConfig(**settings),
+            train_dataset=texts("chosen", "rejected"),
+            processing_class=TOKENIZER,
+            callbacks=[turns],
+        )
+
+    rows = [
+        {"chosen_ids": row["prompt"] + row["chosen"], "rejected_ids": row["prompt"] + row["rejected"]} for row in ROWS
+    ]
+    train(make, rows)
+
+
+TASKS = {"forward_backward": forward_backward, "sft": sft, "dpo": dpo, "reward": reward}
+
+if __name__ == "__main__":
+    TASKS[work["task"]]()
