@@ -169,7 +169,8 @@ def sft():
     rows = [
         {
             "input_ids": row["prompt"] + row["chosen"],
-            "completion_mask": [0] * len(row["prompt"]) + [1] * len(row["chosen"]),
+            # Prompts carry no loss, TRL's default for prompts with completions.
+            "labels": [-100] * len(row["prompt"]) + row["chosen"],
         }
         for row in ROWS
     ]

@@ -10,7 +10,7 @@ use crate::{Result, Work};
 
 #[derive(Deserialize)]
 struct Pair {
-    prompt: Arc<[i64]>,
+    prompt: Vec<i64>,
     chosen: Vec<i64>,
     rejected: Vec<i64>,
 }

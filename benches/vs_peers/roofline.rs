@@ -29,10 +29,10 @@ impl Sizes {
         for (name, weight) in model.named_parameters() {
             // Embeddings are looked up and heads see few tokens: what counts is numbered.
             let layer = name.split('.').find_map(|part| part.parse::<i64>().ok());
-            if let (Some(layer), [rows, columns]) = (layer, weight.size()[..]) {
+            if let (Some(layer), [rows, columns]) = (layer, weight.size().as_slice()) {
                 matrices += (rows * columns) as f64;
                 layers = layers.max(layer + 1);
-                widest = widest.max(rows).max(columns);
+                widest = widest.max(*rows).max(*columns);
             }
         }
         Self {
