@@ -26,7 +26,9 @@ use std::sync::Arc;
 
 use acquisition_trial::{Budget, Summary};
 use clap::Parser;
-use rlhf::core::{Completions, GenerationConfig, Preference, RngStreams, SamplingConfig, generate};
+use rlhf::core::{
+    Completions, GenerationConfig, Kind, Preference, RngStreams, SamplingConfig, generate,
+};
 use rlhf::models::data::read_jsonl;
 use rlhf::models::{CausalLm, LoadOptions, SequenceClassifier, Tokenizer};
 use rlhf::reward::feedback::{
@@ -92,7 +94,7 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    let policy = CausalLm::from_pretrained(&options.policy, &LoadOptions::default())?;
+    let policy = CausalLm::from_pretrained(&options.policy, &in_f32())?;
     let tokenizer = Tokenizer::from_dir(&options.policy)?;
     tokenizer.check_fits(policy.config())?;
     if options.trial {
@@ -131,6 +133,14 @@ fn run(options: &Options) -> Result<()> {
         report.left
     );
     Ok(())
+}
+
+/// Differences of scores that are small would be lost in bf16.
+fn in_f32() -> LoadOptions {
+    LoadOptions {
+        kind: Some(Kind::Float),
+        ..LoadOptions::default()
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -224,7 +234,7 @@ fn order(options: &Options, pairs: &[Preference]) -> Result<Option<Vec<usize>>> 
         return Ok(None);
     }
     let load = |dir: &PathBuf| -> Result<_> {
-        let model = SequenceClassifier::from_pretrained(dir, &LoadOptions::default())?;
+        let model = SequenceClassifier::from_pretrained(dir, &in_f32())?;
         Ok(Normalized::from_dir(model, dir)?)
     };
     let members = options.ask.iter().map(load).collect::<Result<Vec<_>>>()?;

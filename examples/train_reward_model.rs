@@ -25,7 +25,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use rlhf::core::{
-    Completions, EpochConfig, GenerationConfig, JsonlObserver, Observer, Preference,
+    Completions, EpochConfig, GenerationConfig, JsonlObserver, Kind, Observer, Preference,
     PreferenceBatch, ProgressObserver, RngStreams,
 };
 use rlhf::models::{CausalLm, LoadOptions, SequenceClassifier, Tokenizer};
@@ -91,7 +91,11 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<()> {
     std::fs::create_dir_all(&options.out)?;
-    let base = CausalLm::from_pretrained(&options.model, &LoadOptions::default())?;
+    let load = LoadOptions {
+        kind: Some(Kind::Float),
+        ..LoadOptions::default()
+    };
+    let base = CausalLm::from_pretrained(&options.model, &load)?;
     let tokenizer = Tokenizer::from_dir(&options.model)?;
     tokenizer.check_fits(base.config())?;
     let data = match &options.data {
