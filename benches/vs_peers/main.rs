@@ -8,7 +8,7 @@
 //! It prints a table and writes `target/vs_peers/TASK.json`. A new task is a file beside this one, a
 //! line in [`Task`], and a branch in `benches/peers/vs_peers.py`.
 
-#![allow(clippy::print_stdout)]
+#![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
