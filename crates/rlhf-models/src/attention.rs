@@ -42,6 +42,48 @@ pub(crate) trait Attention {
     /// # Shapes
     /// Returns `[N, heads * d]`.
     fn attend(&mut self, layer: usize, qkv: &Qkv, spec: &AttentionSpec) -> Result<Tensor>;
+
+    /// The rows of the residual stream that [`attend`](Self::attend) returns in that layer: all,
+    /// unless nothing after it reads the others.
+    ///
+    /// # Shapes
+    /// `[N, H]` to `[M, H]`, where `attend` returns `M` rows.
+    fn attended_rows(&self, layer: usize, x: &Tensor) -> Result<Tensor> {
+        let _ = layer;
+        Ok(x.shallow_clone())
+    }
+}
+
+/// Attention that the last block goes on from with some rows only, those that a head reads.
+pub(crate) struct RowsOfLast {
+    pub(crate) segments: SegmentAttention,
+    pub(crate) last: usize,
+    /// `[M]` i64.
+    pub(crate) rows: Tensor,
+}
+
+impl Attention for RowsOfLast {
+    fn attend(&mut self, layer: usize, qkv: &Qkv, spec: &AttentionSpec) -> Result<Tensor> {
+        let attended = self.segments.attend(layer, qkv, spec)?;
+        self.attended_rows(layer, &attended)
+    }
+
+    fn attended_rows(&self, layer: usize, x: &Tensor) -> Result<Tensor> {
+        match layer == self.last {
+            true => Ok(x.f_index_select(0, &self.rows)?),
+            false => Ok(x.shallow_clone()),
+        }
+    }
+}
+
+impl Clone for RowsOfLast {
+    fn clone(&self) -> Self {
+        Self {
+            segments: self.segments.clone(),
+            last: self.last,
+            rows: self.rows.shallow_clone(),
+        }
+    }
 }
 
 /// The segments of a packed run, each token looking at those before it.

@@ -233,9 +233,9 @@ impl Policy for CausalLm {
     ) -> rlhf_core::Result<TokenLogprobs> {
         options.validate()?;
         let packed = self.model.checked_packed(batch)?;
-        let hidden = self.hidden_states(&packed)?;
-        // Logits of the tokens that predict a response token, and of no other.
-        let hidden = hidden.f_index_select(0, &packed.predicting_rows())?;
+        // Of the tokens that predict a response token, and of no other.
+        let rows = packed.predicting_rows();
+        let hidden = self.model.hidden_states_of(&packed, rows)?;
         let mask = batch.response_mask(self.device());
         let ids = batch.responses(0, self.device()).masked_select(&mask);
         let input = LinearLogprobsInput {

@@ -146,8 +146,7 @@ impl SequenceClassifier {
     /// libtorch's.
     pub fn logits(&self, batch: &SequenceBatch) -> rlhf_core::Result<Tensor> {
         let packed = self.model.checked_packed(batch)?;
-        let hidden = self.model.hidden_states(&packed)?;
-        let last = hidden.f_index_select(0, &packed.last_rows())?;
+        let last = self.model.hidden_states_of(&packed, packed.last_rows())?;
         let logits = self.model.head.linear.forward(&last)?;
         Ok(logits.f_to_kind(Kind::Float)?)
     }

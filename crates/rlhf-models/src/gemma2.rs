@@ -244,7 +244,9 @@ impl Block for Gemma2Block {
         let attended = self
             .attention
             .forward(layer, &normed, rotation, attention)?;
-        let x = x.f_add(&self.after_attention.forward(&attended)?)?;
+        let x = attention
+            .attended_rows(layer, x)?
+            .f_add(&self.after_attention.forward(&attended)?)?;
         let fed = self.mlp.forward(&self.before_mlp.forward(&x)?)?;
         Ok(x.f_add(&self.after_mlp.forward(&fed)?)?)
     }

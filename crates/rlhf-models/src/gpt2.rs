@@ -293,7 +293,9 @@ impl Block for Gpt2Block {
         let qkv = qkv.f_view([-1, 3, self.heads, x.size()[1] / self.heads])?;
         let qkv = Qkv::from_parts(qkv.f_unbind(1)?)?;
         let attended = attention.attend(layer, &qkv, &self.attention)?;
-        let x = x.f_add(&self.attention_output.forward(&attended)?)?;
+        let x = attention
+            .attended_rows(layer, x)?
+            .f_add(&self.attention_output.forward(&attended)?)?;
         let inner = self.mlp_input.forward(&self.mlp_norm.forward(&x)?)?;
         let inner = self.activation.forward(&inner)?;
         Ok(x.f_add(&self.mlp_output.forward(&inner)?)?)

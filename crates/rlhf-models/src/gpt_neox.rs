@@ -310,8 +310,9 @@ impl Block for GptNeoxBlock {
         attention: &mut dyn Attention,
     ) -> Result<Tensor> {
         let attended = self.attended(layer, x, rotation, attention)?;
+        let x = attention.attended_rows(layer, x)?;
         if self.parallel {
-            return Ok(self.fed(x)?.f_add(&attended)?.f_add(x)?);
+            return Ok(self.fed(&x)?.f_add(&attended)?.f_add(&x)?);
         }
         let x = x.f_add(&attended)?;
         Ok(self.fed(&x)?.f_add(&x)?)

@@ -94,7 +94,7 @@ impl Block for PreNormBlock {
         let attended = self
             .attention
             .forward(layer, &normed, rotation, attention)?;
-        let x = x.f_add(&attended)?;
+        let x = attention.attended_rows(layer, x)?.f_add(&attended)?;
         let fed = self.mlp.forward(&self.mlp_norm.forward(&x)?)?;
         Ok(x.f_add(&fed)?)
     }

@@ -313,8 +313,8 @@ struct Turning {
     width: i64,
 }
 
-/// Cosines and sines for the tokens of a run, `[N, 1, width]` each; nothing for a model without
-/// rotary positions.
+/// Cosines and sines for the tokens of a run, `[N, 1, width]` each, the sines of the first half
+/// negative; nothing for a model without rotary positions.
 pub(crate) struct Rotation(Option<(Tensor, Tensor)>);
 
 impl Rope {
@@ -349,8 +349,10 @@ impl Rope {
             .f_to_kind(Kind::Float)?
             .unsqueeze(-1)
             .f_mul(frequencies)?;
-        let angles = Tensor::f_cat(&[&half, &half], -1)?.unsqueeze(1);
-        let (mut cos, mut sin) = (angles.f_cos()?, angles.f_sin()?);
+        let half = half.unsqueeze(1);
+        let (cos, sin) = (half.f_cos()?, half.f_sin()?);
+        let mut cos = Tensor::f_cat(&[&cos, &cos], -1)?;
+        let mut sin = Tensor::f_cat(&[&sin.f_neg()?, &sin], -1)?;
         if let RopeScaling::Yarn {
             attention_factor, ..
         } = turning.config.scaling
@@ -410,8 +412,8 @@ impl Rotation {
 }
 
 fn turned(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    let half = x.size()[2] / 2;
-    let (first, second) = (x.narrow(2, 0, half), x.narrow(2, half, half));
-    let crossed = Tensor::f_cat(&[second.f_neg()?, first], -1)?;
+    // The halves change places in one operation, whose gradient is one too; the sign is the
+    // sines'.
+    let crossed = x.f_roll(x.size()[2] / 2, 2)?;
     Ok(x.f_mul(cos)?.f_add(&crossed.f_mul(sin)?)?)
 }

@@ -6,7 +6,7 @@ use rlhf_core::{PackedBatch, SequenceBatch};
 use rlhf_scale::GradientCheckpointing;
 use tch::{Device, Kind, Tensor};
 
-use crate::attention::{Attention, SegmentAttention};
+use crate::attention::{Attention, RowsOfLast, SegmentAttention};
 use crate::checkpoint::{read_weights, write_model};
 use crate::config::Head;
 use crate::layers::{LayerNorm, RmsNorm};
@@ -27,7 +27,8 @@ pub(crate) trait Block: Send {
     /// The same weights under other handles, which backward can keep.
     fn share(&self) -> Box<dyn Block>;
 
-    /// `[N, H]` to `[N, H]`; `layer` counts from 0.
+    /// `[N, H]` to `[N, H]`, or to the [rows](Attention::attended_rows) that the attention goes on
+    /// with; `layer` counts from 0.
     fn forward(
         &self,
         layer: usize,
@@ -123,15 +124,38 @@ impl Trunk {
         self.final_norm.forward(&x)
     }
 
-    /// `[N, H]` hidden states of a packed batch, keeping the activations that `checkpointing`
-    /// says.
+    /// Hidden states of a packed batch, keeping the activations that `checkpointing` says: of
+    /// `rows`, `[M, H]`, or of all tokens, `[N, H]`.
     fn hidden_states(
         &self,
         batch: &PackedBatch,
+        rows: Option<Tensor>,
+        checkpointing: GradientCheckpointing,
+    ) -> rlhf_core::Result<Tensor> {
+        let segments = SegmentAttention::new(&batch.segments, batch.position_ids.device())?;
+        match rows {
+            None => self.forward_checkpointed(batch, &segments, checkpointing),
+            Some(rows) => {
+                // Every config has at least one block.
+                let last = self.blocks.len().saturating_sub(1);
+                let attention = RowsOfLast {
+                    segments,
+                    last,
+                    rows,
+                };
+                self.forward_checkpointed(batch, &attention, checkpointing)
+            }
+        }
+    }
+
+    /// [`forward`](Self::forward), keeping the activations that `checkpointing` says.
+    fn forward_checkpointed(
+        &self,
+        batch: &PackedBatch,
+        attention: &(impl Attention + Clone + Send + 'static),
         checkpointing: GradientCheckpointing,
     ) -> rlhf_core::Result<Tensor> {
         let (ids, positions) = (&batch.input_ids, &batch.position_ids);
-        let attention = SegmentAttention::new(&batch.segments, positions.device())?;
         let x = self.embedding.forward(ids, positions)?;
         let rotation = self.rope.rotation(positions, x.kind())?;
         let blocks = self.blocks.iter().enumerate().map(|(layer, block)| {
@@ -223,7 +247,18 @@ impl<H> Model<H> {
 
     /// `[N, H]` hidden states of a packed batch, after the last norm.
     pub(crate) fn hidden_states(&self, batch: &PackedBatch) -> rlhf_core::Result<Tensor> {
-        self.trunk.hidden_states(batch, self.checkpointing)
+        self.trunk.hidden_states(batch, None, self.checkpointing)
+    }
+
+    /// `[M, H]` hidden states of some rows of a packed batch, which may be named more than once.
+    /// The last block's feed-forward layer and the last norm see no other.
+    pub(crate) fn hidden_states_of(
+        &self,
+        batch: &PackedBatch,
+        rows: Tensor,
+    ) -> rlhf_core::Result<Tensor> {
+        self.trunk
+            .hidden_states(batch, Some(rows), self.checkpointing)
     }
 
     /// The packed layout of a batch that this model can read.

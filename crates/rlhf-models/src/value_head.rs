@@ -180,7 +180,8 @@ impl ValueModel for ValueHeadModel {
     /// Columns past a row's `R_i` are 0.
     fn values(&self, batch: &SequenceBatch) -> rlhf_core::Result<Tensor> {
         let packed = self.model.checked_packed(batch)?;
-        let hidden = self.model.hidden_states(&packed)?;
+        let rows = packed.state_rows();
+        let states = self.model.hidden_states_of(&packed, rows)?;
         let width = batch.max_response_len() as i64 + 1;
         // Cell of the rectangle of every value.
         let cells: Vec<i64> = batch
@@ -189,11 +190,10 @@ impl ValueModel for ValueHeadModel {
             .enumerate()
             .flat_map(|(i, s)| (0..=s.response.len() as i64).map(move |j| i as i64 * width + j))
             .collect();
-        let cells = Tensor::from_slice(&cells).to_device(hidden.device());
-        let states = hidden.f_index_select(0, &packed.state_rows())?;
+        let cells = Tensor::from_slice(&cells).to_device(states.device());
         let values = self.model.head.linear.forward(&states)?.squeeze_dim(1);
         let values = values.f_to_kind(Kind::Float)?;
-        let padded = Tensor::f_zeros([batch.len() as i64 * width], (Kind::Float, hidden.device()))?;
+        let padded = Tensor::f_zeros([batch.len() as i64 * width], (Kind::Float, states.device()))?;
         Ok(padded
             .f_index_copy(0, &cells, &values)?
             .f_view([batch.len() as i64, width])?)
