@@ -1,47 +1,10 @@
 // Nodes of the autograd graph whose work is done by Rust closures: functions with a backward of their own,
 // and checkpoints, which compute their outputs again when the gradient comes.
-#include "guard.h"
+#include "closures.h"
 
-#include <ATen/Context.h>
-#include <ATen/SequenceNumber.h>
-#include <ATen/ThreadLocalState.h>
-#include <ATen/record_function.h>
-#include <torch/csrc/autograd/engine.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
-#include <torch/csrc/autograd/variable.h>
 
-#include <algorithm>
-#include <memory>
-#include <mutex>
-#include <optional>
-#include <string>
-#include <unordered_set>
-
-using at::Tensor;
-using rlhf::guarded;
-using rlhf::list;
-using torch::autograd::AccumulateGrad;
-using torch::autograd::Edge;
-using torch::autograd::edge_list;
-using torch::autograd::Engine;
-using torch::autograd::GradMode;
-using torch::autograd::Node;
-using torch::autograd::SavedVariable;
-using torch::autograd::variable_list;
-namespace impl = torch::autograd::impl;
-
-extern "C" {
-
-// Reads `inputs` (null: undefined), writes `outputs` (owned by the caller; null: undefined). `needed` is NULL or
-// has a flag for each output. Returns NULL or a message made by malloc. Does not unwind.
-typedef char* (*rlhf_call)(void* closure, Tensor* const* inputs, size_t input_count, const bool* needed,
-                           Tensor** outputs, size_t output_count);
-typedef void (*rlhf_drop)(void* closure);
-
-}
+using namespace rlhf;
 
 namespace {
 
@@ -57,42 +20,6 @@ std::shared_ptr<T> make_node() {
   return std::shared_ptr<T>(new T(), torch::autograd::deleteNode);
 }
 #endif
-
-// A Rust closure, dropped with this object.
-class Closure {
- public:
-  Closure(void* closure, rlhf_call call, rlhf_drop drop) : closure_(closure, drop), call_(call) {}
-
-  variable_list operator()(const variable_list& inputs, const std::vector<bool>& needed,
-                           size_t output_count) const {
-    std::vector<Tensor*> in;
-    in.reserve(inputs.size());
-    for (const auto& input : inputs) {
-      in.push_back(input.defined() ? const_cast<Tensor*>(&input) : nullptr);
-    }
-    std::unique_ptr<bool[]> flags(needed.empty() ? nullptr : new bool[needed.size()]);
-    std::copy(needed.begin(), needed.end(), flags.get());
-    std::vector<Tensor*> out(output_count, nullptr);
-    char* message = call_(closure_.get(), in.data(), in.size(), flags.get(), out.data(), output_count);
-    variable_list outputs(output_count);
-    for (size_t i = 0; i < output_count; i++) {
-      std::unique_ptr<Tensor> owned(out[i]);
-      if (owned) {
-        outputs[i] = *owned;
-      }
-    }
-    if (message) {
-      std::string text(message);
-      free(message);
-      TORCH_CHECK(false, text);
-    }
-    return outputs;
-  }
-
- private:
-  std::unique_ptr<void, rlhf_drop> closure_;
-  rlhf_call call_;
-};
 
 // `tensor` as an output of `node`; a tensor that has no gradient (an integer one, say) only gets a place.
 template <class NodePointer>
@@ -140,154 +67,7 @@ struct FunctionBackward : public Node {
     closure.reset();
   }
 };
-
 // ---- checkpoints
-
-Tensor generator_state(const at::Device& device) {
-  auto generator = at::globalContext().defaultGenerator(device);
-  std::lock_guard<std::mutex> lock(generator.mutex());
-  return generator.get_state();
-}
-
-void set_generator_state(const at::Device& device, const Tensor& state) {
-  auto generator = at::globalContext().defaultGenerator(device);
-  std::lock_guard<std::mutex> lock(generator.mutex());
-  generator.set_state(state);
-}
-
-// States of libtorch's global generators: the CPU's, and those of the given tensors' CUDA devices.
-class RandomState {
- public:
-  explicit RandomState(const variable_list& tensors) {
-    devices_.emplace_back(at::kCPU);
-    for (const auto& tensor : tensors) {
-      if (tensor.is_cuda() &&
-          std::find(devices_.begin(), devices_.end(), tensor.device()) == devices_.end()) {
-        devices_.push_back(tensor.device());
-      }
-    }
-    for (const auto& device : devices_) {
-      states_.push_back(generator_state(device));
-    }
-  }
-
-  void restore() const {
-    for (size_t i = 0; i < devices_.size(); i++) {
-      set_generator_state(devices_[i], states_[i]);
-    }
-  }
-
- private:
-  std::vector<at::Device> devices_;
-  variable_list states_;
-};
-
-// Puts the generators back where they were when this object was made.
-class RandomGuard {
- public:
-  explicit RandomGuard(const variable_list& tensors) : before_(tensors) {}
-  ~RandomGuard() {
-    try {
-      before_.restore();
-    } catch (...) {  // a state that was read can be written; a destructor must not throw in any case
-    }
-  }
-
- private:
-  RandomState before_;
-};
-
-struct EdgeHash {
-  size_t operator()(const Edge& edge) const {
-    return std::hash<const void*>()(edge.function.get()) * 31 + edge.input_nr;
-  }
-};
-using EdgeSet = std::unordered_set<Edge, EdgeHash>;
-
-// Where on this thread's tape a sub-graph begins.
-struct TapePosition {
-  uint64_t sequence_number = at::sequence_number::peek();
-  uint64_t thread = at::RecordFunction::currentThreadId();
-
-  bool is_before(const Node& node) const {
-    return node.thread_id() == thread && node.sequence_nr() >= sequence_number;
-  }
-};
-
-// The edges that leave the sub-graph built since `start`, in the order in which a walk from `outputs` meets
-// them, those of `inputs` excepted: the leaves and earlier results that a closure has captured.
-edge_list captured_edges(const variable_list& outputs, const TapePosition& start, const EdgeSet& inputs) {
-  edge_list captured;
-  EdgeSet met = inputs;
-  std::unordered_set<Node*> seen;
-  std::vector<Node*> stack;
-  auto visit = [&](const Edge& edge) {
-    if (!edge.is_valid()) {
-      return;
-    }
-    Node* node = edge.function.get();
-    if (dynamic_cast<AccumulateGrad*>(node) || !start.is_before(*node)) {
-      if (met.insert(edge).second) {
-        captured.push_back(edge);
-      }
-    } else if (seen.insert(node).second) {
-      stack.push_back(node);
-    }
-  };
-  for (const auto& output : outputs) {
-    if (output.defined() && output.requires_grad()) {
-      visit(impl::gradient_edge(output));
-    }
-  }
-  while (!stack.empty()) {
-    Node* node = stack.back();
-    stack.pop_back();
-    for (const auto& edge : node->next_edges()) {
-      visit(edge);
-    }
-  }
-  return captured;
-}
-
-// The version of the leaf that an edge leads to: in-place changes raise it. 0 for results of operations,
-// whose own nodes guard what they have saved.
-uint32_t leaf_version(const Edge& edge) {
-  auto* leaf = dynamic_cast<AccumulateGrad*>(edge.function.get());
-  return leaf ? leaf->variable._version() : 0;
-}
-
-// An input kept until backward: as autograd keeps tensors, or as a copy in host memory.
-class KeptInput {
- public:
-  KeptInput(const Tensor& input, bool offload)
-      : requires_grad_(input.requires_grad()), offloaded_(offload && !input.is_cpu()) {
-    if (offloaded_) {
-      at::NoGradGuard no_grad;
-      device_ = input.device();
-      host_ = input.detach().to(at::kCPU);
-    } else {
-      saved_ = SavedVariable(input, /*is_output=*/false);
-    }
-  }
-
-  bool requires_grad() const { return requires_grad_; }
-
-  // A leaf of its own, so that the graph built on it ends here.
-  Tensor leaf() const {
-    auto tensor = offloaded_ ? host_.to(device_) : saved_.unpack().detach();
-    if (requires_grad_) {
-      tensor.set_requires_grad(true);
-    }
-    return tensor;
-  }
-
- private:
-  bool requires_grad_;
-  bool offloaded_;
-  at::Device device_ = at::kCPU;
-  Tensor host_;
-  SavedVariable saved_;
-};
 
 struct CheckpointBackward : public Node {
   std::optional<Closure> closure;
@@ -398,10 +178,13 @@ struct CheckpointBackward : public Node {
 };
 
 // What a checkpoint notes before its closure runs.
+// What a checkpoint notes before its closure runs.
 struct CheckpointFrame {
   TapePosition start;
   at::ThreadLocalState thread_state;
   std::optional<RandomState> random_state;
+  // What the closure saves in forward is dropped with its graph: of no interest to a checkpoint around this one.
+  std::optional<SourceScope> unwatched;
 };
 
 }  // namespace
@@ -452,6 +235,7 @@ char* rlhf_checkpoint_begin(Tensor* const* inputs, size_t count, bool preserve_r
     for (size_t i = 0; i < count; i++) {
       leaves[i] = new Tensor(detached[i]);
     }
+    begun->unwatched.emplace(nullptr);
     *frame = begun.release();
   });
 }
@@ -465,6 +249,7 @@ char* rlhf_checkpoint_end(void* frame, Tensor* const* inputs, Tensor* const* lea
                           rlhf_drop drop) {
   std::unique_ptr<CheckpointFrame> begun(static_cast<CheckpointFrame*>(frame));
   Closure owned(closure, call, drop);
+  begun->unwatched.reset();
   return guarded([&] {
     auto node = make_node<CheckpointBackward>();
     edge_list edges;

@@ -4,9 +4,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rlhf_scale::{
-    Checkpoint, CheckpointPolicy, Error, GradientCheckpointing, checkpoint, clear_grads,
-};
+use rlhf_scale::{Checkpoint, CheckpointPolicy, Error, GradientCheckpointing, clear_grads};
 use tch::{Device, Kind, Tensor};
 
 const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -16,6 +14,20 @@ fn turn() -> MutexGuard<'static, ()> {
     static GENERATOR: Mutex<()> = Mutex::new(());
     GENERATOR.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// To the end, and stopping early.
+const MODES: [Checkpoint; 2] = [
+    Checkpoint {
+        offload: false,
+        preserve_rng: true,
+        stop_early: false,
+    },
+    Checkpoint {
+        offload: false,
+        preserve_rng: true,
+        stop_early: true,
+    },
+];
 
 /// Different values in every element and every leaf, without the generator.
 fn leaf(shape: &[i64]) -> Tensor {
@@ -118,11 +130,11 @@ fn low_rank_adapters_on_frozen_weights() {
 fn dropout_differs_when_the_generator_is_not_restored() {
     let _turn = turn();
     let input = leaf(&[64, 64]);
-    let run = |preserve_rng: bool| {
+    let run = |mode: Checkpoint, preserve_rng: bool| {
         tch::manual_seed(3);
         let options = Checkpoint {
             preserve_rng,
-            ..Checkpoint::default()
+            ..mode
         };
         let dropped = options.run(&[&input], |inputs| {
             Ok::<_, Error>(vec![inputs[0].f_dropout(0.5, true)?])
@@ -133,8 +145,10 @@ fn dropout_differs_when_the_generator_is_not_restored() {
         let kept = output.ne(0.0);
         take_grads(&[&input])[0].ne(0.0).eq_tensor(&kept).all()
     };
-    assert!(bool::try_from(run(true)).unwrap());
-    assert!(!bool::try_from(run(false)).unwrap());
+    for mode in MODES {
+        assert!(bool::try_from(run(mode, true)).unwrap());
+        assert!(!bool::try_from(run(mode, false)).unwrap());
+    }
 }
 
 /// Several inputs and outputs, inputs and outputs without gradients, a captured leaf, a captured
@@ -145,7 +159,7 @@ fn captured_tensors_get_their_gradients() {
     let (a, b, w, v) = (leaf(&[5, 8]), leaf(&[5, 8]), leaf(&[8, 8]), leaf(&[8, 8]));
     let ids = Tensor::from_slice(&[1i64, 0, 7, 3, 3]);
     let leaves = [&a, &b, &w, &v];
-    let run = |checkpointed: bool| {
+    let run = |mode: Option<Checkpoint>| {
         let captured = (&v * 2.0).tanh();
         let body = {
             let (w, captured) = (w.shallow_clone(), captured.shallow_clone());
@@ -156,49 +170,55 @@ fn captured_tensors_get_their_gradients() {
                 Ok(vec![mixed, picked, best, inputs[0].shallow_clone()])
             }
         };
-        let outputs = match checkpointed {
-            true => checkpoint(&[&a, &b, &ids], body).unwrap(),
-            false => body(&[a.shallow_clone(), b.shallow_clone(), ids.shallow_clone()]).unwrap(),
+        let outputs = match mode {
+            Some(mode) => mode.run(&[&a, &b, &ids], body).unwrap(),
+            None => body(&[a.shallow_clone(), b.shallow_clone(), ids.shallow_clone()]).unwrap(),
         };
         assert!(!outputs[2].requires_grad());
         let loss = outputs[0].square().sum(Kind::Float) + outputs[1].exp().sum(Kind::Float);
         (loss + (captured + &outputs[3].sum(Kind::Float)).sum(Kind::Float)).backward();
         take_grads(&leaves)
     };
-    assert_equal(&run(true), &run(false));
+    for mode in MODES {
+        assert_equal(&run(Some(mode)), &run(None));
+    }
 }
 
 #[test]
 fn only_some_outputs_may_be_used() {
     let _turn = turn();
     let a = leaf(&[4]);
-    let run = |checkpointed: bool| {
+    let run = |mode: Option<Checkpoint>| {
         let body = |inputs: &[Tensor]| Ok::<_, Error>(vec![inputs[0].exp(), inputs[0].sin()]);
-        let outputs = match checkpointed {
-            true => checkpoint(&[&a], body).unwrap(),
-            false => body(&[a.shallow_clone()]).unwrap(),
+        let outputs = match mode {
+            Some(mode) => mode.run(&[&a], body).unwrap(),
+            None => body(&[a.shallow_clone()]).unwrap(),
         };
         outputs[1].sum(Kind::Float).backward();
         take_grads(&[&a])
     };
-    assert_equal(&run(true), &run(false));
+    for mode in MODES {
+        assert_equal(&run(Some(mode)), &run(None));
+    }
 }
 
 #[test]
 fn without_gradients_nothing_is_recorded() {
     let _turn = turn();
-    let calls = Arc::new(AtomicUsize::new(0));
-    let counted = Arc::clone(&calls);
-    let body = move |inputs: &[Tensor]| {
-        counted.fetch_add(1, Ordering::SeqCst);
-        Ok::<_, Error>(vec![inputs[0].exp()])
-    };
-    let outputs = tch::no_grad(|| checkpoint(&[&leaf(&[2])], body.clone())).unwrap();
-    assert!(!outputs[0].requires_grad());
-    let outputs = checkpoint(&[&Tensor::ones([2], F32)], body).unwrap();
-    assert!(!outputs[0].requires_grad());
-    assert_eq!(calls.load(Ordering::SeqCst), 2);
-    assert_eq!(Arc::strong_count(&calls), 1, "no closure was kept");
+    for mode in MODES {
+        let calls = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&calls);
+        let body = move |inputs: &[Tensor]| {
+            counted.fetch_add(1, Ordering::SeqCst);
+            Ok::<_, Error>(vec![inputs[0].exp()])
+        };
+        let outputs = tch::no_grad(|| mode.run(&[&leaf(&[2])], body.clone())).unwrap();
+        assert!(!outputs[0].requires_grad());
+        let outputs = mode.run(&[&Tensor::ones([2], F32)], body).unwrap();
+        assert!(!outputs[0].requires_grad());
+        assert_eq!(calls.load(Ordering::SeqCst), 2);
+        assert_eq!(Arc::strong_count(&calls), 1, "no closure was kept");
+    }
 }
 
 fn backward_error(loss: Tensor) -> String {
@@ -209,11 +229,12 @@ fn backward_error(loss: Tensor) -> String {
 
 /// A closure that is plain in forward and something else in backward.
 fn twofold(
+    mode: Checkpoint,
     input: &Tensor,
     later: impl Fn(&Tensor) -> Result<Tensor, Error> + Send + 'static,
 ) -> Tensor {
     let calls = AtomicUsize::new(0);
-    let outputs = checkpoint(&[input], move |inputs| {
+    let outputs = mode.run(&[input], move |inputs| {
         let first = calls.fetch_add(1, Ordering::SeqCst) == 0;
         let output = if first {
             inputs[0].exp()
@@ -230,86 +251,97 @@ fn failures_in_the_recomputation_are_errors_and_leave_the_process_usable() {
     let _turn = turn();
     let a = leaf(&[2]);
     let other = leaf(&[2]);
-    let error = backward_error(twofold(&a, |_| panic!("lost")));
-    assert!(error.contains("panicked: lost"), "{error}");
-    let error = backward_error(twofold(&a, |_| Err(Error::NoGradients { parameters: 2 })));
-    assert!(error.contains("none of the 2 parameters"), "{error}");
-    let error = backward_error(twofold(&a, |x| Ok(x.exp().sum(Kind::Float))));
-    assert!(
-        error.contains("output 0 of a checkpointed closure"),
-        "{error}"
-    );
-    let error = backward_error(twofold(&a, |x| Ok(x.detach())));
-    assert!(
-        error.contains("output 0 of a checkpointed closure"),
-        "{error}"
-    );
-    let captured = other.shallow_clone();
-    let error = backward_error(twofold(&a, move |x| Ok(x * &captured)));
-    assert!(error.contains("built another graph"), "{error}");
+    for mode in MODES {
+        let error = backward_error(twofold(mode, &a, |_| panic!("lost")));
+        assert!(error.contains("panicked: lost"), "{error}");
+        let error = backward_error(twofold(mode, &a, |_| {
+            Err(Error::NoGradients { parameters: 2 })
+        }));
+        assert!(error.contains("none of the 2 parameters"), "{error}");
+        let captured = other.shallow_clone();
+        let error = backward_error(twofold(mode, &a, move |x| Ok(x.f_mul(&captured)?)));
+        assert!(error.contains("built another graph"), "{error}");
+        let error = backward_error(twofold(mode, &a, |x| Ok(x.detach())));
+        let expected = match mode.stop_early {
+            true => "built another graph",
+            false => "output 0 of a checkpointed closure",
+        };
+        assert!(error.contains(expected), "{error}");
 
-    let _ = tch::no_grad(|| other.shallow_clone().g_add_scalar_(1.0));
-    twofold(&a, |x| Ok(x.exp())).backward();
-    assert_equal(&take_grads(&[&a]), &[a.exp().detach()]);
+        let _ = tch::no_grad(|| other.shallow_clone().g_add_scalar_(1.0));
+        twofold(mode, &a, |x| Ok(x.f_exp()?)).backward();
+        assert_equal(&take_grads(&[&a]), &[a.exp().detach()]);
+    }
+    let error = backward_error(twofold(MODES[0], &a, |x| Ok(x.exp().sum(Kind::Float))));
+    assert!(
+        error.contains("output 0 of a checkpointed closure"),
+        "{error}"
+    );
 }
 
 #[test]
 fn a_panic_in_forward_unwinds() {
     let _turn = turn();
     let a = leaf(&[2]);
-    let outcome = std::panic::catch_unwind(|| {
-        checkpoint(&[&a], |_: &[Tensor]| -> Result<Vec<Tensor>, Error> {
-            panic!("at once")
-        })
-    });
-    let panic = outcome.unwrap_err();
-    assert_eq!(panic.downcast_ref::<&str>(), Some(&"at once"));
-    a.sum(Kind::Float).backward();
-    assert_equal(&take_grads(&[&a]), &[Tensor::ones([2], F32)]);
+    for mode in MODES {
+        let outcome = std::panic::catch_unwind(|| {
+            mode.run(&[&a], |_: &[Tensor]| -> Result<Vec<Tensor>, Error> {
+                panic!("at once")
+            })
+        });
+        let panic = outcome.unwrap_err();
+        assert_eq!(panic.downcast_ref::<&str>(), Some(&"at once"));
+        // Nothing is watched any longer.
+        a.square().sum(Kind::Float).backward();
+        assert_equal(&take_grads(&[&a]), &[(&a * 2.0).detach()]);
+    }
 }
 
 #[test]
 fn changes_in_place_are_noticed() {
     let _turn = turn();
     let (a, w) = (leaf(&[2]), leaf(&[2]));
-    let captured = w.shallow_clone();
-    let loss = |input: &Tensor| {
-        let captured = captured.shallow_clone();
-        let outputs = checkpoint(&[input], move |inputs| {
-            Ok::<_, Error>(vec![(&inputs[0] * &captured).exp()])
-        });
-        outputs.unwrap().remove(0).sum(Kind::Float)
-    };
-    let product = &a * 1.0;
-    let changed_input = loss(&product);
-    let _ = tch::no_grad(|| product.shallow_clone().g_add_scalar_(1.0));
-    assert!(backward_error(changed_input).contains("modified by an inplace operation"));
+    for mode in MODES {
+        let loss = |input: &Tensor| {
+            let captured = w.shallow_clone();
+            let outputs = mode.run(&[input], move |inputs| {
+                Ok::<_, Error>(vec![inputs[0].f_mul(&captured)?.f_exp()?])
+            });
+            outputs.unwrap().remove(0).sum(Kind::Float)
+        };
+        let product = &a * 1.0;
+        let changed_input = loss(&product);
+        let _ = tch::no_grad(|| product.shallow_clone().g_add_scalar_(1.0));
+        assert!(backward_error(changed_input).contains("modified by an inplace operation"));
 
-    let changed_weight = loss(&a);
-    let _ = tch::no_grad(|| w.shallow_clone().g_add_scalar_(1.0));
-    let error = backward_error(changed_weight);
-    assert!(
-        error.contains("parameter that a checkpointed closure uses"),
-        "{error}"
-    );
+        let changed_weight = loss(&a);
+        let _ = tch::no_grad(|| w.shallow_clone().g_add_scalar_(1.0));
+        let error = backward_error(changed_weight);
+        assert!(
+            error.contains("parameter that a checkpointed closure uses"),
+            "{error}"
+        );
+    }
 }
 
 #[test]
 fn backward_may_run_once_and_on_another_thread() {
     let _turn = turn();
     let a = leaf(&[3]);
-    let token = Arc::new(());
-    let held = Arc::clone(&token);
-    let outputs = checkpoint(&[&a], move |inputs| {
-        let _ = &held;
-        Ok::<_, Error>(vec![inputs[0].sin()])
-    });
-    let loss = outputs.unwrap().remove(0).sum(Kind::Float);
-    let again = loss.shallow_clone();
-    std::thread::spawn(move || loss.backward()).join().unwrap();
-    assert_equal(&take_grads(&[&a]), &[a.cos().detach()]);
-    assert_eq!(Arc::strong_count(&token), 1, "backward freed the closure");
-    assert!(backward_error(again).contains("second time"));
+    for mode in MODES {
+        let token = Arc::new(());
+        let held = Arc::clone(&token);
+        let outputs = mode.run(&[&a], move |inputs| {
+            let _ = &held;
+            Ok::<_, Error>(vec![inputs[0].f_sin()?])
+        });
+        let loss = outputs.unwrap().remove(0).sum(Kind::Float);
+        let again = loss.shallow_clone();
+        std::thread::spawn(move || loss.backward()).join().unwrap();
+        assert_equal(&take_grads(&[&a]), &[a.cos().detach()]);
+        assert_eq!(Arc::strong_count(&token), 1, "backward freed the closure");
+        assert!(backward_error(again).contains("second time"));
+    }
 }
 
 /// Resident memory of this process in KiB.
@@ -329,7 +361,7 @@ fn a_thousand_checkpoints_leave_nothing_behind() {
     let round = |i: usize| {
         let input = leaf(&[1024, 16]);
         let captured = weight.shallow_clone();
-        let outputs = checkpoint(&[&input], move |inputs| {
+        let outputs = MODES[i % 2].run(&[&input], move |inputs| {
             Ok::<_, Error>(vec![inputs[0].f_matmul(&captured)?.f_tanh()?])
         });
         let loss = outputs.unwrap().remove(0).sum(Kind::Float);

@@ -79,7 +79,8 @@ impl GradientCheckpointing {
     ///
     /// A block owns handles ([`Tensor::shallow_clone`]) of its weights, since backward calls it
     /// again after this function is done. Random generators are restored, so blocks may have
-    /// dropout.
+    /// dropout. The recomputation of a run stops early, which blocks that use `f_` methods and `?`
+    /// do not notice: see [`Checkpoint::stop_early`].
     ///
     /// # Errors
     /// As [`checkpoint`](super::checkpoint), and those of [`validate`](Self::validate).
@@ -122,6 +123,7 @@ impl GradientCheckpointing {
         };
         let options = Checkpoint {
             offload: self.offload,
+            stop_early: true,
             ..Checkpoint::default()
         };
         let mut x = input.shallow_clone();

@@ -51,6 +51,22 @@ unsafe extern "C" {
         call: Call,
         release: Release,
     ) -> Message;
+    fn rlhf_stopping_begin(
+        inputs: *const Raw,
+        count: usize,
+        preserve_rng: bool,
+        offload: bool,
+        frame: *mut *mut c_void,
+    ) -> Message;
+    fn rlhf_stopping_abort(frame: *mut c_void);
+    fn rlhf_stopping_end(
+        frame: *mut c_void,
+        outputs: *const Raw,
+        output_count: usize,
+        closure: *mut c_void,
+        call: Call,
+        release: Release,
+    ) -> Message;
 }
 
 /// Whether operations of this thread are recorded.
@@ -162,6 +178,62 @@ impl Drop for CheckpointFrame {
         if !self.frame.is_null() {
             // SAFETY: made by `begin`, not yet given back.
             unsafe { rlhf_checkpoint_abort(self.frame) }
+        }
+    }
+}
+
+/// A checkpoint that stops early and whose closure is about to run, with the inputs themselves.
+///
+/// Frames end in the reverse order of their beginnings, on one thread: the raw pointer makes this
+/// not `Send`, and callers keep it on the stack.
+pub(crate) struct StoppingFrame(*mut c_void);
+
+impl StoppingFrame {
+    /// `None` where libtorch's engine is not its own, so that saved tensors cannot be watched.
+    pub(crate) fn begin(
+        inputs: &[&Tensor],
+        preserve_rng: bool,
+        offload: bool,
+    ) -> Result<Option<Self>> {
+        let inputs: Vec<Raw> = inputs.iter().map(|t| raw(t)).collect();
+        let mut frame = null_mut();
+        // SAFETY: live tensors; `frame` is set, or null, when no error is returned.
+        check(unsafe {
+            rlhf_stopping_begin(
+                inputs.as_ptr(),
+                inputs.len(),
+                preserve_rng,
+                offload,
+                &mut frame,
+            )
+        })?;
+        Ok((!frame.is_null()).then_some(Self(frame)))
+    }
+
+    /// Gives the graph of `outputs` what computes its saved tensors again.
+    pub(crate) fn finish(mut self, outputs: &[Tensor], recompute: Box<Closure>) -> Result<()> {
+        let frame = std::mem::replace(&mut self.0, null_mut());
+        let outputs: Vec<Raw> = outputs.iter().map(raw).collect();
+        // SAFETY: live tensors. The frame comes from `begin` and is given back once; the closure as
+        // in `attach_backward`, called under the checkpoint's lock.
+        check(unsafe {
+            rlhf_stopping_end(
+                frame,
+                outputs.as_ptr(),
+                outputs.len(),
+                give_away(recompute),
+                call,
+                release,
+            )
+        })
+    }
+}
+
+impl Drop for StoppingFrame {
+    fn drop(&mut self) {
+        if !self.0.is_null() {
+            // SAFETY: made by `begin`, not yet given back.
+            unsafe { rlhf_stopping_abort(self.0) }
         }
     }
 }
