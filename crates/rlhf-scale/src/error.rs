@@ -161,6 +161,9 @@ pub enum Error {
         /// How often it was changed.
         changes: u32,
     },
+    /// Gradients that [`linear_token_loss`](crate::linear_token_loss) made are given out once.
+    #[error("backward through a token loss for the second time: its gradients are gone")]
+    SecondBackward,
     /// Kinds that [`linear_logprobs`](crate::linear_logprobs) cannot compute with.
     #[error(
         "hidden is {hidden:?}, weight {weight:?}, bias {bias:?} and ids {ids:?}; the first three \

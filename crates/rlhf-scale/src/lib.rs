@@ -3,7 +3,8 @@
 //!
 //! - [`checkpoint`] and [`GradientCheckpointing`] compute activations again in backward instead of
 //!   keeping them.
-//! - [`linear_logprobs`] gives the log-probabilities of tokens without ever holding all logits.
+//! - [`linear_logprobs`] gives the log-probabilities of tokens without ever holding all logits, and
+//!   [`linear_token_loss`] a loss on them with its gradients.
 //! - [`custom_function`] puts a Rust closure into the autograd graph.
 //! - [`Updater::update`] takes microbatch losses and does backward, the finite check, clipping, the
 //!   fused AdamW step and the schedule, and changes nothing when a step fails. Its options bring
@@ -63,7 +64,9 @@ pub use error::{Error, Result};
 pub use ffi::tensor_from_owner;
 pub use gradients::{Norm, backward, clear_grads, clip_grad_norm, clip_grad_norm_of, set_grad};
 pub use io::TensorProblem;
-pub use linear_logprobs::{LinearLogprobs, LinearLogprobsInput, linear_logprobs};
+pub use linear_logprobs::{
+    LinearLogprobs, LinearLogprobsInput, LinearTokenLoss, linear_logprobs, linear_token_loss,
+};
 pub use loss_scale::{LossScale, LossScaler};
 pub use param_group::ParamGroup;
 pub use precision::Precision;

@@ -7,8 +7,10 @@ use crate::ffi::autograd::grad_enabled;
 use crate::{Error, Result, custom_function};
 
 mod layer;
+mod token_loss;
 
 use layer::{Gradient, Kept, Operands, OutputLayer};
+pub use token_loss::{LinearTokenLoss, linear_token_loss};
 
 /// Logits that exist at a time, at most: 64 MiB of f32.
 const CHUNK_ELEMENTS: i64 = 1 << 24;
@@ -51,7 +53,8 @@ pub struct LinearLogprobs {
 /// It never holds the `[M, V]` logits, nor gradients of that size: forward keeps a number for each
 /// token, and backward computes the logits of a chunk again, turns them into their gradient in
 /// place, and adds the products that the inputs are owed. That is one more matrix product than the
-/// plain computation has, and none of its passes over `[M, V]` in memory. If the output layer is
+/// plain computation has, and none of its passes over `[M, V]` in memory; where each token's loss
+/// depends on that token alone, [`linear_token_loss`] does without it. If the output layer is
 /// frozen, has no cap, and no entropy is asked for, forward makes the hidden states' gradients instead and
 /// nothing is computed twice.
 ///
@@ -95,21 +98,7 @@ pub fn linear_logprobs(
     options: &LogprobOptions,
     chunk_rows: Option<usize>,
 ) -> Result<LinearLogprobs> {
-    options.validate()?;
-    check(&input)?;
-    let chunk_rows = match chunk_rows {
-        Some(0) => {
-            return Err(CoreError::config("chunk_rows", 0, "at least one is needed").into());
-        }
-        Some(rows) => rows as i64,
-        None => default_rows(input.ids.size()[0], input.weight.size()[0]),
-    };
-    let layer = OutputLayer {
-        temperature: options.temperature,
-        softcap: input.softcap,
-        chunk_rows,
-        ids: input.ids.shallow_clone(),
-    };
+    let layer = output_layer(&input, options, chunk_rows)?;
     let trainable_head =
         input.weight.requires_grad() || input.bias.is_some_and(Tensor::requires_grad);
     let recorded = grad_enabled() && (input.hidden.requires_grad() || trainable_head);
@@ -141,6 +130,29 @@ pub fn linear_logprobs(
     Ok(LinearLogprobs {
         logprobs: outputs.remove(0),
         entropy,
+    })
+}
+
+/// Checks what the caller gave.
+fn output_layer(
+    input: &LinearLogprobsInput<'_>,
+    options: &LogprobOptions,
+    chunk_rows: Option<usize>,
+) -> Result<OutputLayer> {
+    options.validate()?;
+    check(input)?;
+    let chunk_rows = match chunk_rows {
+        Some(0) => {
+            return Err(CoreError::config("chunk_rows", 0, "at least one is needed").into());
+        }
+        Some(rows) => rows as i64,
+        None => default_rows(input.ids.size()[0], input.weight.size()[0]),
+    };
+    Ok(OutputLayer {
+        temperature: options.temperature,
+        softcap: input.softcap,
+        chunk_rows,
+        ids: input.ids.shallow_clone(),
     })
 }
 

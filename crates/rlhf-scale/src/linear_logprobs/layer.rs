@@ -1,6 +1,6 @@
 //! The arithmetic: forward and backward of one chunk of tokens after another.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::{Result, Saved};
 
@@ -73,30 +73,17 @@ impl OutputLayer {
         let mut buffers = Buffers::new(self, operands, with_entropy)?;
         for (start, rows) in self.chunks() {
             let rows_of = |tensor: &Tensor| tensor.f_narrow(0, start, rows);
-            let ids = rows_of(&self.ids)?.f_unsqueeze(1)?;
-            // z, then z - max z, so that the exponentials do not overflow.
-            let mut logits = buffers.logits(operands, start, rows)?;
-            let maxima = logits.f_amax([-1i64].as_slice(), true)?;
-            let _ = logits.f_sub_(&maxima)?;
-            let chosen = logits.f_gather(1, &ids, false)?;
-            let mut exponentials = match &buffers.second {
-                Some(second) => logits.f_exp_out(&second.f_narrow(0, 0, rows)?)?,
-                None => logits.f_exp_()?,
-            };
-            let sums = exponentials.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float)?;
-            let log_sums = sums.f_log()?;
-            rows_of(&logprobs)?.f_copy_(&chosen.f_sub(&log_sums)?)?;
-            rows_of(&normalizers)?.f_copy_(&maxima.f_add(&log_sums)?)?;
-            if let Some(entropy) = &entropy {
-                // log Σ e^z - Σ p z, both relative to the maximum.
-                let _ = logits.f_mul_(&exponentials)?;
-                let mean = logits.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float)?;
-                rows_of(entropy)?.f_copy_(&log_sums.f_sub(&mean.f_div(&sums)?)?)?;
+            let scores = chunk_scores(self, operands, &mut buffers, (start, rows), false)?;
+            rows_of(&logprobs)?.f_copy_(&scores.logprobs)?;
+            rows_of(&normalizers)?.f_copy_(&scores.maxima.f_add(&scores.log_sums)?)?;
+            if let (Some(all), Some(chunk)) = (&entropy, &scores.entropy) {
+                rows_of(all)?.f_copy_(chunk)?;
             }
             if let Some(directions) = &directions {
                 // (W[id] - p W) / temperature
                 let kind = operands.weight.kind();
-                let probabilities = exponentials.f_div_(&sums)?.f_to_kind(kind)?;
+                let mut exponentials = scores.exponentials;
+                let probabilities = exponentials.f_div_(&scores.sums)?.f_to_kind(kind)?;
                 let expected = probabilities.f_mm(operands.weight)?;
                 let own = operands.weight.f_index_select(0, &rows_of(&self.ids)?)?;
                 let direction = own.f_sub(&expected)?.f_div_scalar(self.temperature)?;
@@ -124,11 +111,112 @@ impl OutputLayer {
     }
 
     /// First row and number of rows of every chunk.
-    fn chunks(&self) -> impl Iterator<Item = (i64, i64)> + use<> {
+    pub(super) fn chunks(&self) -> impl Iterator<Item = (i64, i64)> + use<> {
         let (tokens, step) = (self.ids.size()[0], self.chunk_rows);
         (0..tokens)
             .step_by(step as usize)
             .map(move |start| (start, step.min(tokens - start)))
+    }
+}
+
+/// A chunk's logits `z` and what follows from them.
+pub(super) struct ChunkScores {
+    /// `[rows, V]`, `z - max z`; without entropy overwritten by the exponentials.
+    logits: Tensor,
+    /// `[rows, V]`, of `z - max z`.
+    exponentials: Tensor,
+    /// `[rows, 1]`, like all that follow: the largest logits.
+    maxima: Tensor,
+    /// Of the exponentials.
+    pub(super) sums: Tensor,
+    log_sums: Tensor,
+    pub(super) logprobs: Tensor,
+    /// If there is a second buffer.
+    pub(super) entropy: Option<Tensor>,
+    /// `[rows, V]`: that of the cap, if it was asked for and there is one.
+    slope: Option<Tensor>,
+}
+
+/// Runs under `no_grad`. The result lies in the buffers.
+pub(super) fn chunk_scores(
+    layer: &OutputLayer,
+    operands: Operands<'_>,
+    buffers: &mut Buffers,
+    (start, rows): (i64, i64),
+    with_slope: bool,
+) -> Result<ChunkScores> {
+    let ids = layer.ids.f_narrow(0, start, rows)?.f_unsqueeze(1)?;
+    // Relative to the maximum, so that the exponentials do not overflow.
+    let mut logits = buffers.logits(operands, start, rows)?;
+    let slope = match with_slope {
+        true => layer.slope(&logits)?,
+        false => None,
+    };
+    let maxima = logits.f_amax([-1i64].as_slice(), true)?;
+    let _ = logits.f_sub_(&maxima)?;
+    let chosen = logits.f_gather(1, &ids, false)?;
+    let exponentials = match &buffers.second {
+        Some(second) => logits.f_exp_out(&second.f_narrow(0, 0, rows)?)?,
+        None => logits.f_exp_()?,
+    };
+    let sums = exponentials.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float)?;
+    let log_sums = sums.f_log()?;
+    let entropy = match &buffers.second {
+        Some(_) => {
+            // log Σ e^z - Σ p z; a row's product with a row, without a tensor for its terms.
+            let products = logits
+                .f_unsqueeze(1)?
+                .f_bmm(&exponentials.f_unsqueeze(2)?)?;
+            let mean = products.f_squeeze_dim(2)?.f_div(&sums)?;
+            Some(log_sums.f_sub(&mean)?)
+        }
+        None => None,
+    };
+    Ok(ChunkScores {
+        logprobs: chosen.f_sub(&log_sums)?,
+        logits,
+        exponentials,
+        maxima,
+        sums,
+        log_sums,
+        entropy,
+        slope,
+    })
+}
+
+impl ChunkScores {
+    /// The gradient of the logits before the temperature, in their place, from the tokens'
+    /// gradients `[rows, 1]`:
+    ///
+    /// ```text
+    /// ∂ logprob / ∂ zⱼ = [j = id] - pⱼ        ∂ entropy / ∂ zⱼ = -pⱼ (log pⱼ + entropy)
+    /// ```
+    pub(super) fn into_grad_logits(
+        self,
+        ids: &Tensor,
+        temperature: f64,
+        grad_logprobs: &Tensor,
+        grad_entropy: Option<Tensor>,
+    ) -> Result<Tensor> {
+        let own = grad_logprobs.f_div_scalar(temperature)?;
+        let factors = own.f_div(&self.sums)?.f_neg_()?;
+        let mut exponentials = self.exponentials;
+        let mut result = match (grad_entropy, &self.entropy) {
+            (Some(grad), Some(entropy)) => {
+                let slope = grad.f_div_scalar(-temperature)?.f_div_(&self.sums)?;
+                let offset = entropy.f_sub(&self.log_sums)?.f_mul_(&slope)?;
+                let offset = offset.f_add(&factors)?;
+                let mut logits = self.logits;
+                let _ = logits.f_mul_(&slope)?.f_add_(&offset)?;
+                logits.f_mul_(&exponentials)?
+            }
+            _ => exponentials.f_mul_(&factors)?,
+        };
+        let mut result = result.f_scatter_add_(1, ids, &own)?;
+        if let Some(slope) = &self.slope {
+            let _ = result.f_mul_(slope)?;
+        }
+        Ok(result)
     }
 }
 
@@ -181,7 +269,7 @@ impl Kept {
             weight: weight.get()?,
             bias: self.bias.as_ref().map(Saved::get).transpose()?,
         };
-        let mut sums = Gradients::new(operands, needed)?;
+        let mut sums = Gradients::new(operands, needed, operands.hidden.kind())?;
         let mut buffers = Buffers::new(&self.layer, operands, grad_entropy.is_some())?;
         for (start, rows) in self.layer.chunks() {
             let logits = buffers.logits(operands, start, rows)?;
@@ -247,7 +335,7 @@ struct ChunkGrads {
 }
 
 /// Memory that every chunk uses again, since fresh pages cost as much as the arithmetic on them.
-struct Buffers {
+pub(super) struct Buffers {
     first: Tensor,
     second: Option<Tensor>,
     temperature: f64,
@@ -255,7 +343,7 @@ struct Buffers {
 }
 
 impl Buffers {
-    fn new(layer: &OutputLayer, operands: Operands<'_>, two: bool) -> Result<Self> {
+    pub(super) fn new(layer: &OutputLayer, operands: Operands<'_>, two: bool) -> Result<Self> {
         let rows = layer.chunk_rows.min(layer.ids.size()[0]);
         let shape = [rows, operands.weight.size()[0]];
         let buffer = || Tensor::f_empty(shape, (Kind::Float, operands.hidden.device()));
@@ -295,19 +383,21 @@ impl Buffers {
 }
 
 /// Sums over chunks, for the operands that need gradients.
-struct Gradients {
-    hidden: Option<Tensor>,
+pub(super) struct Gradients {
+    pub(super) hidden: Option<Tensor>,
     weight: Option<Tensor>,
     bias: Option<Tensor>,
 }
 
 impl Gradients {
-    fn new(operands: Operands<'_>, needed: &[bool]) -> Result<Self> {
+    pub(super) fn new(operands: Operands<'_>, needed: &[bool], hidden_kind: Kind) -> Result<Self> {
         let is_needed = |i: usize| needed.get(i) == Some(&true);
         let zeros = |like: &Tensor| Tensor::f_zeros(like.size(), (Kind::Float, like.device()));
         let hidden = operands.hidden;
         Ok(Self {
-            hidden: is_needed(0).then(|| hidden.f_empty_like()).transpose()?,
+            hidden: is_needed(0)
+                .then(|| hidden.f_empty_like()?.f_to_kind(hidden_kind))
+                .transpose()?,
             weight: is_needed(1).then(|| zeros(operands.weight)).transpose()?,
             bias: operands
                 .bias
@@ -345,6 +435,53 @@ impl Gradients {
             };
         }
         Ok(())
+    }
+
+    /// [`add`](Self::add) for logit gradients that are to be multiplied by `scale`, a f32 scalar,
+    /// after their products with 16-bit operands.
+    pub(super) fn add_scaled(
+        &mut self,
+        operands: Operands<'_>,
+        grad_logits: &Tensor,
+        scale: Option<&Tensor>,
+        start: i64,
+        rows: i64,
+    ) -> Result<()> {
+        let Some(scale) = scale else {
+            return self.add(operands, grad_logits, start, rows);
+        };
+        if let Some(sum) = &mut self.bias {
+            let column = grad_logits.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?;
+            let _ = sum.f_add_(&column.f_mul(scale)?)?;
+        }
+        let grad_logits = grad_logits.f_to_kind(operands.weight.kind())?;
+        if let Some(hidden) = &self.hidden {
+            let product = grad_logits.f_mm(operands.weight)?.f_to_kind(Kind::Float)?;
+            hidden
+                .f_narrow(0, start, rows)?
+                .f_copy_(&product.f_mul(scale)?)?;
+        }
+        if let Some(sum) = &mut self.weight {
+            let hidden = operands.hidden.f_narrow(0, start, rows)?;
+            let product = grad_logits.f_transpose(0, 1)?.f_mm(&hidden)?;
+            let _ = sum.f_addcmul_(&product.f_to_kind(Kind::Float)?, scale)?;
+        }
+        Ok(())
+    }
+
+    /// The sums times `factor`, a scalar, in the order and kinds of the inputs.
+    pub(super) fn scaled(self, factor: &Tensor, kinds: &[Kind]) -> Result<Vec<Option<Tensor>>> {
+        // A host's scalar may be looked at; a device's is not waited for.
+        let is_one = factor.device() == Device::Cpu && factor.f_double_value(&[])? == 1.0;
+        let sums = [self.hidden, self.weight, self.bias];
+        let scaled = |(sum, &kind): (Option<Tensor>, &Kind)| -> Result<Option<Tensor>> {
+            let Some(mut sum) = sum else { return Ok(None) };
+            if !is_one {
+                sum = sum.f_mul_(&factor.f_to_device(sum.device())?)?;
+            }
+            Ok(Some(sum.f_to_kind(kind)?))
+        };
+        sums.into_iter().zip(kinds).map(scaled).collect()
     }
 
     /// In the order and kind of the inputs.
