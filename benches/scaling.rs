@@ -3,10 +3,10 @@
 //!
 //! `cargo bench --bench scaling -- checkpointing --python PYTHON` runs the same stack of transformer
 //! blocks here and, by turns, under `torch.utils.checkpoint` in a Python that has torch.
-//! `cargo bench --bench scaling -- logprobs` compares `linear_logprobs` with the plain computation,
-//! and `-- depth` shows how activations grow with the number of blocks under each policy. Every
-//! figure is taken in a process of its own, by turns; tables show medians and the least and the
-//! greatest.
+//! `cargo bench --bench scaling -- logprobs` compares `linear_logprobs` and `linear_token_loss` with
+//! the plain computation, and `-- depth` shows how activations grow with the number of blocks under
+//! each policy. `-- bf16 --model DIR --pairs FILE` trains a model in f32 and in bf16. Every figure
+//! is taken in a process of its own, by turns; tables show medians and the least and the greatest.
 
 #![allow(clippy::print_stdout)]
 
@@ -18,9 +18,15 @@ use clap::{Parser, ValueEnum};
 use rlhf::core::LogprobOptions;
 use rlhf::core::tch::{self, Device, Kind, Tensor};
 use rlhf::scale::{
-    CheckpointPolicy, GradientCheckpointing, LinearLogprobsInput, clear_grads, linear_logprobs,
+    CheckpointPolicy, GradientCheckpointing, LinearLogprobs, LinearLogprobsInput, Precision,
+    clear_grads, linear_logprobs, linear_token_loss,
 };
 use serde::{Deserialize, Serialize};
+
+#[path = "scaling/training.rs"]
+mod training;
+
+use training::{Outcome, Training};
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
@@ -30,6 +36,18 @@ struct Options {
     /// A Python with torch, for `checkpointing`.
     #[arg(long)]
     python: Option<PathBuf>,
+    /// The folder of a model, for `bf16`.
+    #[arg(long)]
+    model: Option<PathBuf>,
+    /// JSONL of `{"prompt": [ids], "chosen": [ids]}`, for `bf16`.
+    #[arg(long)]
+    pairs: Option<PathBuf>,
+    /// Updates of each training, for `bf16`.
+    #[arg(long, default_value_t = 50)]
+    steps: usize,
+    /// Sequences of an update, for `bf16`.
+    #[arg(long, default_value_t = 8)]
+    batch: usize,
     /// Processes of each kind.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
@@ -49,6 +67,7 @@ enum Task {
     Checkpointing,
     Logprobs,
     Depth,
+    Bf16,
 }
 
 /// A stack of blocks and its input.
@@ -64,7 +83,8 @@ struct Stack {
 #[derive(Serialize, Deserialize)]
 struct Work {
     stack: Option<Stack>,
-    /// Of the stack: `none`, `every_block`, ...; of the log-probs: `plain` or `chunked`.
+    training: Option<Training>,
+    /// Of the stack: `none`, `every_block`, ...; of the log-probs: `plain`, `chunked`, `token_loss`, ...
     how: String,
     /// Bytes instead of seconds.
     memory: bool,
@@ -77,6 +97,10 @@ fn main() -> Result<()> {
     if let Some(work) = &options.worker {
         let work: Work = serde_json::from_str(work)?;
         tch::set_num_threads(work.threads);
+        if let Some(training) = &work.training {
+            println!("{}", serde_json::to_string(&training.run()?)?);
+            return Ok(());
+        }
         println!("{}", measure(&work)?);
         return Ok(());
     }
@@ -84,6 +108,7 @@ fn main() -> Result<()> {
         Task::Checkpointing => checkpointing(&options),
         Task::Logprobs => logprobs(&options),
         Task::Depth => depth(&options),
+        Task::Bf16 => bf16(&options),
     }
 }
 
@@ -112,9 +137,70 @@ fn checkpointing(options: &Options) -> Result<()> {
 }
 
 fn logprobs(options: &Options) -> Result<()> {
-    println!("1,024 tokens, hidden size 768, vocabulary 50,000, f32, forward and backward\n");
-    let contestants = ["plain", "chunked", "plain_entropy", "chunked_entropy"];
+    println!("1,024 tokens, hidden size 768, vocabulary 50,000; forward and backward of a loss");
+    println!(
+        "Peak memory beyond hidden states and weight, and of it what is beyond the gradients of"
+    );
+    println!("both, which every contestant must return\n");
+    let contestants = [
+        "plain",
+        "chunked",
+        "token_loss",
+        "plain_entropy",
+        "chunked_entropy",
+        "token_loss_entropy",
+        "plain_bf16",
+        "chunked_bf16",
+        "token_loss_bf16",
+    ];
     compare(options, None, &contestants.map(|how| ("ours", how)))
+}
+
+fn bf16(options: &Options) -> Result<()> {
+    let (Some(model), Some(pairs)) = (&options.model, &options.pairs) else {
+        return Err("bf16 needs --model DIR and --pairs FILE".into());
+    };
+    let (steps, batch) = (options.steps, options.batch);
+    println!("SFT, {steps} steps of {batch} sequences; loss of 64 held-out responses\n");
+    let mut outcomes = [Vec::new(), Vec::new()];
+    for _ in 0..options.rounds {
+        for (i, precision) in [Precision::F32, Precision::Bf16].into_iter().enumerate() {
+            let training = Training {
+                precision,
+                model: std::path::absolute(model)?,
+                pairs: std::path::absolute(pairs)?,
+                steps,
+                batch,
+            };
+            let work = Work {
+                stack: None,
+                training: Some(training),
+                how: String::new(),
+                memory: false,
+                threads: options.threads,
+                steps,
+            };
+            let outcome: Outcome = serde_json::from_str(&spawn(options, "ours", &work)?)?;
+            outcomes[i].push(outcome);
+        }
+    }
+    println!("| | loss before | loss after | seconds a step |\n|---|---|---|---|");
+    for (name, outcomes) in ["f32", "bf16"].iter().zip(&outcomes) {
+        let seconds: Vec<f64> = outcomes.iter().map(|o| o.step_seconds).collect();
+        let (before, after) = (outcomes[0].loss_before, outcomes[0].loss);
+        println!(
+            "| {name} | {before:.4} | {after:.4} | {} |",
+            spread(&seconds)
+        );
+    }
+    let rounds = || outcomes[0].iter().zip(&outcomes[1]);
+    let speedups: Vec<f64> = rounds()
+        .map(|(f32, bf16)| f32.step_seconds / bf16.step_seconds)
+        .collect();
+    let (wide, narrow) = (outcomes[0][0].loss, outcomes[1][0].loss);
+    println!("\nbf16 is {} times as fast", spread(&speedups));
+    println!("its loss differs by {:+.2}%", (narrow / wide - 1.0) * 100.0);
+    Ok(())
 }
 
 fn compare(options: &Options, stack: Option<Stack>, contestants: &[(&str, &str)]) -> Result<()> {
@@ -122,19 +208,30 @@ fn compare(options: &Options, stack: Option<Stack>, contestants: &[(&str, &str)]
     let mut bytes = vec![Vec::new(); contestants.len()];
     for _ in 0..options.rounds {
         for (i, (who, how)) in contestants.iter().enumerate() {
-            seconds[i].push(spawn(options, who, how, stack, false)?);
-            bytes[i].push(spawn(options, who, how, stack, true)?);
+            seconds[i].push(figure(options, who, how, stack, false)?);
+            bytes[i].push(figure(options, who, how, stack, true)?);
         }
     }
-    println!("| | seconds a step | peak MiB beyond weights and gradients |");
-    println!("|---|---|---|");
+    match stack {
+        Some(_) => println!("| | seconds a step | peak MiB beyond weights and gradients |"),
+        None => println!("| | seconds a step | peak MiB | beyond gradients |"),
+    }
+    println!(
+        "{}",
+        if stack.is_some() {
+            "|---|---|---|"
+        } else {
+            "|---|---|---|---|"
+        }
+    );
     for (i, (who, how)) in contestants.iter().enumerate() {
         let mib: Vec<f64> = bytes[i].iter().map(|b| b / (1 << 20) as f64).collect();
-        println!(
-            "| {who} {how} | {} | {} |",
-            spread(&seconds[i]),
-            spread(&mib)
-        );
+        let extra: Vec<f64> = mib.iter().map(|m| m - gradient_mib(how)).collect();
+        let (seconds, mib) = (spread(&seconds[i]), spread(&mib));
+        match stack {
+            Some(_) => println!("| {who} {how} | {seconds} | {mib} |"),
+            None => println!("| {how} | {seconds} | {mib} | {} |", spread(&extra)),
+        }
     }
     Ok(())
 }
@@ -151,7 +248,7 @@ fn depth(options: &Options) -> Result<()> {
             length: 256,
         };
         let cell = |how: &str| -> Result<String> {
-            let bytes = spawn(options, "ours", how, Some(stack), true)?;
+            let bytes = figure(options, "ours", how, Some(stack), true)?;
             Ok(format!("{:.0}", bytes / (1 << 20) as f64))
         };
         let (none, every) = (cell("none")?, cell("every_block")?);
@@ -161,20 +258,27 @@ fn depth(options: &Options) -> Result<()> {
 }
 
 /// One figure from a fresh process.
-fn spawn(
+fn figure(
     options: &Options,
     who: &str,
     how: &str,
     stack: Option<Stack>,
     memory: bool,
 ) -> Result<f64> {
-    let work = serde_json::to_string(&Work {
+    let work = Work {
         stack,
+        training: None,
         how: how.into(),
         memory,
         threads: options.threads,
         steps: 3,
-    })?;
+    };
+    Ok(spawn(options, who, &work)?.trim().parse()?)
+}
+
+/// What a fresh process prints.
+fn spawn(options: &Options, who: &str, work: &Work) -> Result<String> {
+    let text = serde_json::to_string(work)?;
     let mut command = match (who, &options.python) {
         ("torch", Some(python)) => {
             let script = concat!(
@@ -182,30 +286,27 @@ fn spawn(
                 "/benches/peers/checkpointing.py"
             );
             let mut command = Command::new(python);
-            command.args([script, &work]);
+            command.args([script, &text]);
             command
         }
         _ => {
             let mut command = Command::new(std::env::current_exe()?);
-            command.args(["logprobs", "--worker", &work]);
+            command.args(["logprobs", "--worker", &text]);
             command
         }
     };
     command.env("OMP_NUM_THREADS", options.threads.to_string());
-    if memory {
+    if work.memory {
         // Freed tensors go back to the system at once, so that resident memory is what is in use.
         command.env("MALLOC_MMAP_THRESHOLD_", "65536");
     }
     let output = command.output()?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    match text.trim().parse() {
-        Ok(figure) if output.status.success() => Ok(figure),
-        _ => Err(format!(
-            "{who} {how}: {text}{}",
-            String::from_utf8_lossy(&output.stderr)
-        )
-        .into()),
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    if !output.status.success() {
+        let error = String::from_utf8_lossy(&output.stderr);
+        return Err(format!("{who} {}: {text}{error}", work.how).into());
     }
+    Ok(text)
 }
 
 /// Seconds of a step, or the bytes that it needs beyond what was there before.
@@ -294,47 +395,85 @@ fn stack_step(
     })
 }
 
+/// Tokens, hidden size, vocabulary.
+const OUTPUT_LAYER: [i64; 3] = [1024, 768, 50_000];
+
+fn output_kind(how: &str) -> Kind {
+    match how.ends_with("bf16") {
+        true => Kind::BFloat16,
+        false => Kind::Float,
+    }
+}
+
+/// What the gradients of hidden states and weight take.
+fn gradient_mib(how: &str) -> f64 {
+    let [tokens, hidden, vocab] = OUTPUT_LAYER;
+    let bytes = ((tokens + vocab) * hidden) as usize * output_kind(how).elt_size_in_bytes();
+    bytes as f64 / (1 << 20) as f64
+}
+
 fn logprobs_step(how: &str) -> Box<dyn FnMut() -> Result<()>> {
-    let options = (Kind::Float, Device::Cpu);
-    let hidden = Tensor::randn([1024, 768], options).set_requires_grad(true);
-    let weight = (Tensor::randn([50_000, 768], options) * 0.05).set_requires_grad(true);
-    let ids = Tensor::randint(50_000, [1024], (Kind::Int64, Device::Cpu));
-    let entropy = how.ends_with("entropy");
-    let chunked = how.starts_with("chunked");
+    let [tokens, size, vocab] = OUTPUT_LAYER;
+    let kind = output_kind(how);
+    let normal = |shape: [i64; 2], scale: f64| {
+        let values = Tensor::randn(shape, (Kind::Float, Device::Cpu)) * scale;
+        values.to_kind(kind).set_requires_grad(true)
+    };
+    let (hidden, weight) = (normal([tokens, size], 1.0), normal([vocab, size], 0.05));
+    let ids = Tensor::randint(vocab, [tokens], (Kind::Int64, Device::Cpu));
+    let how = how.to_string();
     Box::new(move || {
-        let (logprobs, entropies) = if chunked {
-            let input = LinearLogprobsInput {
-                hidden: &hidden,
-                weight: &weight,
-                bias: None,
-                ids: &ids,
-                softcap: None,
-            };
-            let options = LogprobOptions {
-                temperature: 1.0,
-                entropy,
-            };
-            let scores = linear_logprobs(input, &options, None)?;
-            (scores.logprobs, scores.entropy)
-        } else {
-            let all = hidden
-                .linear(&weight, None::<&Tensor>)
-                .log_softmax(-1, Kind::Float);
-            let entropies = entropy.then(|| {
-                -(all.exp() * &all).sum_dim_intlist([-1i64].as_slice(), false, Kind::Float)
-            });
-            (
-                all.gather(1, &ids.unsqueeze(1), false).squeeze_dim(1),
-                entropies,
-            )
+        let options = LogprobOptions {
+            temperature: 1.0,
+            entropy: how.ends_with("entropy"),
         };
-        let mut loss = logprobs.tanh().sum(Kind::Float);
-        if let Some(entropies) = entropies {
-            loss += entropies.sum(Kind::Float) * 0.01;
-        }
+        let input = LinearLogprobsInput {
+            hidden: &hidden,
+            weight: &weight,
+            bias: None,
+            ids: &ids,
+            softcap: None,
+        };
+        let loss = if how.starts_with("token_loss") {
+            linear_token_loss(input, &options, None, |scores, _| token_loss(scores))?.loss
+        } else if how.starts_with("chunked") {
+            token_loss(&linear_logprobs(input, &options, None)?)?
+        } else {
+            token_loss(&plain_logprobs(input, options.entropy)?)?
+        };
         loss.f_backward()?;
-        clear_grads(&[hidden.shallow_clone()])?;
+        clear_grads(&[hidden.shallow_clone(), weight.shallow_clone()])?;
         Ok(())
+    })
+}
+
+/// A function of each token, so that the gradients differ.
+fn token_loss(scores: &LinearLogprobs) -> rlhf::scale::Result<Tensor> {
+    let loss = scores.logprobs.f_tanh()?.f_sum(Kind::Float)?;
+    Ok(match &scores.entropy {
+        Some(entropy) => loss.f_add(&entropy.f_sum(Kind::Float)?.f_mul_scalar(0.01)?)?,
+        None => loss,
+    })
+}
+
+fn plain_logprobs(input: LinearLogprobsInput<'_>, entropy: bool) -> Result<LinearLogprobs> {
+    let logits = input.hidden.f_linear(input.weight, None::<&Tensor>)?;
+    let all = logits.f_log_softmax(-1, Kind::Float)?;
+    drop(logits);
+    let entropy = match entropy {
+        true => Some(
+            all.f_exp()?
+                .f_mul(&all)?
+                .f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Float)?
+                .f_neg()?,
+        ),
+        false => None,
+    };
+    Ok(LinearLogprobs {
+        logprobs: all
+            .f_gather(1, &input.ids.f_unsqueeze(1)?, false)?
+            .f_squeeze_dim(1)?,
+        entropy,
     })
 }
 
