@@ -16,23 +16,23 @@ const HELD_OUT: usize = 64;
 
 /// A run of one precision.
 #[derive(Clone, Serialize, Deserialize)]
-pub struct Training {
-    pub precision: Precision,
-    pub model: PathBuf,
-    pub pairs: PathBuf,
-    pub steps: usize,
-    pub batch: usize,
+pub(crate) struct Training {
+    pub(crate) precision: Precision,
+    pub(crate) model: PathBuf,
+    pub(crate) pairs: PathBuf,
+    pub(crate) steps: usize,
+    pub(crate) batch: usize,
 }
 
 /// What a run gives.
 #[derive(Clone, Copy, Serialize, Deserialize)]
-pub struct Outcome {
+pub(crate) struct Outcome {
     /// Cross-entropy of held-out responses before training.
-    pub loss_before: f64,
+    pub(crate) loss_before: f64,
     /// And after it.
-    pub loss: f64,
+    pub(crate) loss: f64,
     /// Median of all steps but the first.
-    pub step_seconds: f64,
+    pub(crate) step_seconds: f64,
 }
 
 /// A line of the file of pairs; what else it has is not of use here.
@@ -43,7 +43,7 @@ struct Pair {
 }
 
 impl Training {
-    pub fn run(&self) -> Result<Outcome> {
+    pub(crate) fn run(&self) -> Result<Outcome> {
         let mut data = read_pairs(&self.pairs)?;
         if data.len() < HELD_OUT + self.batch {
             return Err(format!("{} pairs are too few", data.len()).into());
