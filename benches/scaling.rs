@@ -390,7 +390,10 @@ fn stack_step(
             }
         });
         let output = checkpointing.run(blocks.collect(), &input)?;
-        output.square().mean(Kind::Float).f_backward()?;
+        // In a statement of its own, so that the squares are not held during backward, as they are
+        // not in Python.
+        let loss = output.square().mean(Kind::Float);
+        loss.f_backward()?;
         Ok(())
     })
 }
