@@ -118,6 +118,14 @@ pub enum Error {
         /// Number of ids that the model knows.
         vocab_size: i64,
     },
+    /// A file is larger than anything of its kind.
+    #[error("{}: more than {limit} bytes", path.display())]
+    FileTooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Most bytes that are read.
+        limit: u64,
+    },
     /// A conversation for a tokenizer that has no chat template.
     #[error("the tokenizer has no chat template")]
     NoChatTemplate,
@@ -127,6 +135,28 @@ pub enum Error {
         /// What Jinja says.
         source: minijinja::Error,
     },
+    /// A tokenizer has no chat template of a name.
+    #[error("no chat template is named `{name}` (there are: {})", known.join(", "))]
+    NoSuchTemplate {
+        /// The name.
+        name: String,
+        /// Those that there are.
+        known: Vec<String>,
+    },
+    /// A chat template that is longer than any in use.
+    #[error("chat template `{name}` has {bytes} bytes (at most {limit} are taken)")]
+    TemplateTooLong {
+        /// Its name.
+        name: String,
+        /// Its length.
+        bytes: usize,
+        /// The longest that is taken.
+        limit: usize,
+    },
+    /// A conversation was to be left open after its last message, which the template does not
+    /// write as it is.
+    #[error("the chat template does not write the last message, so the text cannot end with it")]
+    FinalMessageNotRendered,
     /// A line of a dataset cannot be used.
     #[error(
         "{}:{line}: {}{source}",
@@ -142,6 +172,67 @@ pub enum Error {
         field: Option<String>,
         /// What the parser says.
         source: serde_json::Error,
+    },
+    /// A line that is longer than any record.
+    #[error("{}:{line}: the line has more than {limit} bytes", path.display())]
+    LineTooLong {
+        /// The file.
+        path: PathBuf,
+        /// Number of the line, from 1.
+        line: usize,
+        /// The longest that is read, in bytes.
+        limit: usize,
+    },
+    /// A dataset whose columns are those of no format.
+    #[error(
+        "{}: columns {} are no format's; there are{}",
+        path.display(),
+        columns.iter().map(|c| format!("`{c}`")).collect::<Vec<_>>().join(", "),
+        crate::data::Format::ALL
+            .iter()
+            .map(|f| format!("\n  {f}: {}", f.columns()))
+            .collect::<String>()
+    )]
+    UnknownFormat {
+        /// The file.
+        path: PathBuf,
+        /// Its columns.
+        columns: Vec<String>,
+    },
+    /// A dataset of another format than what is to be made of it.
+    #[error("the dataset is {found} ({}), but {needed} is needed", found.columns())]
+    WrongFormat {
+        /// What it is.
+        found: crate::data::Format,
+        /// What would do.
+        needed: &'static str,
+    },
+    /// A prompt that is a text, and an answer that is messages, or the other way round.
+    #[error("prompt and answer must both be texts, or both messages")]
+    MixedText,
+    /// A row of a dataset cannot be used.
+    #[error("{location}: {source}")]
+    Row {
+        /// Where it is.
+        location: crate::data::Location,
+        /// Why.
+        source: Box<Error>,
+    },
+    /// A Parquet file, for a build without them.
+    #[error("{}: Parquet files need the feature `parquet` of rlhf-models", path.display())]
+    NoParquet {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A Parquet file cannot be read.
+    #[error("{}: row {row}: {reason}", path.display())]
+    Parquet {
+        /// The file.
+        path: PathBuf,
+        /// Number of the row, from 1; 0 for what the file says of itself.
+        row: usize,
+        /// What is wrong.
+        reason: String,
     },
     /// A dataset without a record.
     #[error("{}: no records", path.display())]
@@ -195,6 +286,17 @@ pub enum WeightProblem {
 }
 
 impl Error {
+    /// With the place of a row, where it has one.
+    pub(crate) fn of_row(self, row: &crate::data::Row) -> Self {
+        match &row.location {
+            Some(location) => Self::Row {
+                location: location.clone(),
+                source: Box::new(self),
+            },
+            None => self,
+        }
+    }
+
     /// An [`Error::Io`] for `path`; meant for `map_err`.
     pub(crate) fn io(
         action: &'static str,

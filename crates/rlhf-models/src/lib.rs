@@ -71,7 +71,7 @@ mod value_head;
 mod weights;
 
 pub use causal_lm::{CausalLm, LoadOptions};
-pub use chat_template::ChatMessage;
+pub use chat_template::{ChatEnd, ChatMessage, ChatOptions};
 pub use classifier::SequenceClassifier;
 pub use config::{ModelConfig, SUPPORTED_ARCHITECTURES, SpecialTokens};
 pub use error::{Error, Result, WeightProblem};
@@ -86,7 +86,7 @@ pub use qwen2::Qwen2Config;
 pub use qwen3::Qwen3Config;
 pub use rlhf_scale::{CheckpointPolicy, GradientCheckpointing};
 pub use rope::{RopeConfig, RopeScaling};
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{Side, Tokenizer};
 pub use transformer_config::TransformerConfig;
 pub use value_head::ValueHeadModel;
 

@@ -1,25 +1,18 @@
 //! Tokenizers of the Hugging Face hub.
 
+mod files;
+mod outline;
+mod settings;
+
 use std::path::Path;
 
+use rayon::prelude::*;
 use rlhf_core::Detokenize;
+use tokenizers::{Encoding, PostProcessor, TruncationDirection};
 
-use crate::chat_template::{ChatMessage, ChatTemplate};
+use crate::chat_template::{ChatMessage, ChatOptions, ChatTemplates};
 use crate::checkpoint::write_atomic;
-use crate::config::{Fields, OneOrMany};
 use crate::{Error, ModelConfig, Result};
-
-/// Files that belong to a tokenizer; the first must be there.
-const FILES: &[&str] = &[
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-];
 
 /// Text to token ids and back.
 #[derive(Clone)]
@@ -30,35 +23,45 @@ pub struct Tokenizer {
     pad: Option<i64>,
     stop: Vec<i64>,
     vocab_size: usize,
-    template: Option<ChatTemplate>,
-    /// As read, to be written beside a trained model.
-    files: Vec<(&'static str, Vec<u8>)>,
+    templates: Option<ChatTemplates>,
+    /// As read, to be written beside a trained model: a path within the folder, and bytes.
+    files: Vec<(String, Vec<u8>)>,
+}
+
+/// The end of a text at which tokens are cut off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// The start is cut off, the end is kept.
+    Left,
+    /// The end is cut off, the start is kept.
+    Right,
 }
 
 impl Tokenizer {
     /// Reads `tokenizer.json` of a folder, and where there are: `tokenizer_config.json` (special
-    /// tokens, chat template), `chat_template.jinja`, `generation_config.json` (stop tokens).
+    /// tokens, `add_bos_token`, chat templates), `chat_template.jinja` and
+    /// `additional_chat_templates/*.jinja`, `generation_config.json` (stop tokens).
     ///
-    /// Truncation and padding that the file asks for are switched off: batches are ragged here.
+    /// Truncation and padding that the file asks for are switched off: batches are ragged here,
+    /// and what is cut off is said at each call.
     ///
     /// # Errors
-    /// A file that is absent or damaged, a chat template with a syntax error.
+    /// A file that is absent, damaged, or larger than any tokenizer's
+    /// ([`Error::FileTooLarge`]); a chat template with a syntax error.
     pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
-        let mut files = Vec::new();
-        for (i, &name) in FILES.iter().enumerate() {
-            let path = dir.join(name);
-            if i == 0 || path.exists() {
-                let bytes = std::fs::read(&path).map_err(Error::io("reading", &path))?;
-                files.push((name, bytes));
-            }
-        }
-        let path = dir.join(FILES[0]);
+        let files = files::read(dir)?;
+        let path = dir.join(files::TOKENIZER);
         let wrap = |source| Error::Tokenizer {
             path: path.clone(),
             source,
         };
-        let mut inner = tokenizers::Tokenizer::from_bytes(&files[0].1).map_err(wrap)?;
+        let json = files.first().map_or(&[][..], |(_, bytes)| bytes);
+        outline::check(json).map_err(|source| Error::Json {
+            path: path.clone(),
+            source,
+        })?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(wrap)?;
         inner.with_padding(None);
         inner.with_truncation(None).map_err(wrap)?;
         let largest = inner.get_vocab(true).values().copied().max();
@@ -69,66 +72,11 @@ impl Tokenizer {
             eos: None,
             pad: None,
             stop: Vec::new(),
-            template: None,
+            templates: None,
             files,
         };
         tokenizer.read_settings(dir)?;
         Ok(tokenizer)
-    }
-
-    /// Special tokens by name, from the first file that knows them; old folders have them in
-    /// `special_tokens_map.json`, or as ids in the model's config only.
-    fn read_settings(&mut self, dir: &Path) -> Result<()> {
-        let read = |name: &str| -> Result<Option<Fields>> {
-            let path = dir.join(name);
-            path.exists().then(|| Fields::read(&path)).transpose()
-        };
-        let settings = read("tokenizer_config.json")?;
-        let map = read("special_tokens_map.json")?;
-        let model = read("config.json")?;
-        let id = |token: &str| -> Result<Option<i64>> {
-            for fields in [&settings, &map].into_iter().flatten() {
-                let text = fields.get::<SpecialToken>(token)?.map(SpecialToken::text);
-                if let Some(id) = text.and_then(|text| self.inner.token_to_id(&text)) {
-                    return Ok(Some(id.into()));
-                }
-            }
-            let ids = match &model {
-                Some(model) => model.get::<OneOrMany>(&format!("{token}_id"))?,
-                None => None,
-            };
-            let ids = ids.map_or_else(Vec::new, Vec::from);
-            Ok(ids.into_iter().find(|&id| self.text_of(id).is_some()))
-        };
-        [self.bos, self.eos, self.pad] = [id("bos_token")?, id("eos_token")?, id("pad_token")?];
-        self.stop.extend(self.eos);
-        if let Some(generation) = read("generation_config.json")? {
-            let ids: Option<OneOrMany> = generation.get("eos_token_id")?;
-            for id in ids.map_or_else(Vec::new, Vec::from) {
-                if !self.stop.contains(&id) {
-                    self.stop.push(id);
-                }
-            }
-        }
-        let path = dir.join("chat_template.jinja");
-        let template = match &settings {
-            _ if path.exists() => {
-                Some(std::fs::read_to_string(&path).map_err(Error::io("reading", &path))?)
-            }
-            Some(settings) => settings
-                .get::<Templates>("chat_template")?
-                .and_then(Templates::default_one),
-            None => None,
-        };
-        if let Some(source) = template {
-            let special = [self.bos, self.eos, self.pad].map(|id| self.text_of(id?));
-            self.template = Some(ChatTemplate::new(source, special)?);
-        }
-        Ok(())
-    }
-
-    fn text_of(&self, id: i64) -> Option<String> {
-        self.inner.id_to_token(id.try_into().ok()?)
     }
 
     /// The ids of a text, with no special tokens added. Special tokens that the text spells out
@@ -137,7 +85,7 @@ impl Tokenizer {
     /// # Errors
     /// The tokenizer's own.
     pub fn encode(&self, text: &str) -> Result<Vec<i64>> {
-        self.encode_adding(text, false)
+        Ok(ids(&self.encoding(text, false)?))
     }
 
     /// The ids of a text with the special tokens that the tokenizer adds around one, such as a
@@ -146,15 +94,61 @@ impl Tokenizer {
     /// # Errors
     /// The tokenizer's own.
     pub fn encode_with_special_tokens(&self, text: &str) -> Result<Vec<i64>> {
-        self.encode_adding(text, true)
+        Ok(ids(&self.encoding(text, true)?))
     }
 
-    fn encode_adding(&self, text: &str, special: bool) -> Result<Vec<i64>> {
+    /// [`encode`](Self::encode) of many texts, on all cores; the order is kept.
+    ///
+    /// # Errors
+    /// The tokenizer's own, of the first text that has one.
+    pub fn encode_batch<S: AsRef<str> + Sync>(&self, texts: &[S]) -> Result<Vec<Vec<i64>>> {
+        let encode = |text: &S| self.encode(text.as_ref());
+        texts.par_iter().map(encode).collect()
+    }
+
+    /// [`encode_with_special_tokens`](Self::encode_with_special_tokens) of many texts, on all
+    /// cores; the order is kept.
+    ///
+    /// # Errors
+    /// The tokenizer's own, of the first text that has one.
+    pub fn encode_batch_with_special_tokens<S: AsRef<str> + Sync>(
+        &self,
+        texts: &[S],
+    ) -> Result<Vec<Vec<i64>>> {
+        let encode = |text: &S| self.encode_with_special_tokens(text.as_ref());
+        texts.par_iter().map(encode).collect()
+    }
+
+    /// [`encode_with_special_tokens`](Self::encode_with_special_tokens), cut to `max_tokens`. The
+    /// special tokens count and stay; the text between them is cut, as in transformers.
+    ///
+    /// # Errors
+    /// The tokenizer's own.
+    pub fn encode_truncated(&self, text: &str, max_tokens: usize, cut: Side) -> Result<Vec<i64>> {
+        let added = self
+            .inner
+            .get_post_processor()
+            .map_or(0, |processor| processor.added_tokens(false));
+        let mut encoding = self.encoding(text, false)?;
+        let direction = match cut {
+            Side::Left => TruncationDirection::Left,
+            Side::Right => TruncationDirection::Right,
+        };
+        encoding.truncate(max_tokens.saturating_sub(added), 0, direction);
         let encoding = self
             .inner
-            .encode_fast(text, special)
+            .post_process(encoding, None, true)
             .map_err(|source| Error::Encode { source })?;
-        Ok(encoding.get_ids().iter().map(|&id| i64::from(id)).collect())
+        let mut ids = ids(&encoding);
+        // Where not even the special tokens fit.
+        ids.truncate(max_tokens);
+        Ok(ids)
+    }
+
+    fn encoding(&self, text: &str, special: bool) -> Result<Encoding> {
+        self.inner
+            .encode_fast(text, special)
+            .map_err(|source| Error::Encode { source })
     }
 
     /// The text of ids. Ids that a model has but no token uses stand for nothing, as in
@@ -197,6 +191,17 @@ impl Tokenizer {
         self.inner.token_to_id(token).map(i64::from)
     }
 
+    /// A token's spelling in the vocabulary.
+    pub fn id_to_token(&self, id: i64) -> Option<String> {
+        self.inner.id_to_token(id.try_into().ok()?)
+    }
+
+    /// Whether [`decode`](Self::decode) leaves this token out when it skips special tokens.
+    pub fn is_special(&self, id: i64) -> bool {
+        self.id_to_token(id)
+            .is_some_and(|token| self.inner.get_added_vocabulary().is_special_token(&token))
+    }
+
     /// One more than the largest id.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
@@ -218,23 +223,55 @@ impl Tokenizer {
 
     /// Whether there is a chat template.
     pub fn has_chat_template(&self) -> bool {
-        self.template.is_some()
+        self.templates.is_some()
     }
 
-    /// A conversation as the text that the model was trained on. `add_generation_prompt` opens
-    /// the assistant's next turn.
+    /// Names of the chat templates; a single one is called `default`.
+    pub fn chat_template_names(&self) -> &[String] {
+        self.templates.as_ref().map_or(&[], ChatTemplates::names)
+    }
+
+    /// A conversation as the text that the model was trained on.
+    ///
+    /// ```
+    /// use rlhf_models::{ChatEnd, ChatMessage, ChatOptions, Tokenizer};
+    ///
+    /// # fn main() -> rlhf_models::Result<()> {
+    /// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens/tokenizers/chatml");
+    /// let tokenizer = Tokenizer::from_dir(folder)?;
+    /// let messages = [ChatMessage::new("user", "Hi!")];
+    /// let options = ChatOptions::ending(ChatEnd::GenerationPrompt);
+    /// let text = tokenizer.apply_chat_template(&messages, &options)?;
+    /// assert!(text.ends_with("<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n"));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// A template is a program that came with the model. It is stopped after a number of steps
+    /// and a length of text that no real one reaches. What it builds in a variable by doubling a
+    /// string again and again is not bounded: read the templates of strangers before use.
     ///
     /// # Errors
-    /// [`Error::NoChatTemplate`], and what the template itself reports.
+    /// [`Error::NoChatTemplate`], [`Error::NoSuchTemplate`], [`Error::FinalMessageNotRendered`],
+    /// and [`Error::ChatTemplate`] with what the template itself reports.
     pub fn apply_chat_template(
         &self,
         messages: &[ChatMessage],
-        add_generation_prompt: bool,
+        options: &ChatOptions,
     ) -> Result<String> {
-        match &self.template {
-            Some(template) => template.render(messages, add_generation_prompt),
+        match &self.templates {
+            Some(templates) => templates.render(messages, options),
             None => Err(Error::NoChatTemplate),
         }
+    }
+
+    /// The ids of a conversation: [`apply_chat_template`](Self::apply_chat_template), then
+    /// [`encode`](Self::encode), because the template writes the BOS token where it wants one.
+    ///
+    /// # Errors
+    /// Those of both.
+    pub fn encode_chat(&self, messages: &[ChatMessage], options: &ChatOptions) -> Result<Vec<i64>> {
+        self.encode(&self.apply_chat_template(messages, options)?)
     }
 
     /// Writes the tokenizer's files as they were read.
@@ -243,57 +280,22 @@ impl Tokenizer {
     /// A folder or file that cannot be written.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
         let dir = dir.as_ref();
-        std::fs::create_dir_all(dir).map_err(Error::io("creating", dir))?;
-        self.files
-            .iter()
-            .try_for_each(|(name, bytes)| write_atomic(&dir.join(name), bytes))
+        for (name, bytes) in &self.files {
+            let path = dir.join(name);
+            let folder = path.parent().unwrap_or(dir);
+            std::fs::create_dir_all(folder).map_err(Error::io("creating", folder))?;
+            write_atomic(&path, bytes)?;
+        }
+        Ok(())
     }
+}
+
+fn ids(encoding: &Encoding) -> Vec<i64> {
+    encoding.get_ids().iter().map(|&id| i64::from(id)).collect()
 }
 
 impl Detokenize for Tokenizer {
     fn detokenize(&self, ids: &[i64]) -> rlhf_core::Result<String> {
         Ok(self.decode(ids, true)?)
-    }
-}
-
-/// A special token is a string, or an object with its properties.
-#[derive(serde::Deserialize)]
-#[serde(untagged)]
-enum SpecialToken {
-    Text(String),
-    Token { content: String },
-}
-
-impl SpecialToken {
-    fn text(self) -> String {
-        match self {
-            Self::Text(text) | Self::Token { content: text } => text,
-        }
-    }
-}
-
-/// A chat template is a string, or a list of named ones.
-#[derive(serde::Deserialize)]
-#[serde(untagged)]
-enum Templates {
-    One(String),
-    Named(Vec<NamedTemplate>),
-}
-
-#[derive(serde::Deserialize)]
-struct NamedTemplate {
-    name: String,
-    template: String,
-}
-
-impl Templates {
-    fn default_one(self) -> Option<String> {
-        match self {
-            Self::One(template) => Some(template),
-            Self::Named(all) => all
-                .into_iter()
-                .find(|t| t.name == "default")
-                .map(|t| t.template),
-        }
     }
 }

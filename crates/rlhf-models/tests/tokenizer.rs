@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use common::{Case, model_dir};
 use rlhf_models::core::Detokenize;
-use rlhf_models::{ChatMessage, Error, ModelConfig, Tokenizer};
+use rlhf_models::{ChatEnd, ChatMessage, ChatOptions, Error, ModelConfig, Side, Tokenizer};
 use serde_json::Value;
 
 fn dir(name: &str) -> PathBuf {
@@ -48,10 +48,29 @@ fn check(name: &str) {
         );
         assert_eq!(tokenizer.detokenize(&plain).unwrap(), decoded(true));
     }
+    let texts: Vec<&str> = case.json["expect"]["encode"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|entry| entry["text"].as_str().unwrap())
+        .collect();
+    let one_by_one: Vec<_> = texts.iter().map(|t| tokenizer.encode(t).unwrap()).collect();
+    assert_eq!(tokenizer.encode_batch(&texts).unwrap(), one_by_one);
+    let cut = &case.json["expect"]["truncate_max_length_5"];
+    for (key, side) in [("right", Side::Right), ("left", Side::Left)] {
+        let text = cut["text"].as_str().unwrap();
+        let found = tokenizer.encode_truncated(text, 5, side).unwrap();
+        assert_eq!(found, ids(&cut[key]), "{key}");
+    }
     for chat in case.json["expect"]["chat"].as_array().unwrap() {
         let messages: Vec<ChatMessage> = serde_json::from_value(chat["messages"].clone()).unwrap();
-        for (key, prompt) in [("no_generation_prompt", false), ("generation_prompt", true)] {
-            let text = tokenizer.apply_chat_template(&messages, prompt).unwrap();
+        for (key, prompt) in [
+            ("no_generation_prompt", ChatEnd::Closed),
+            ("generation_prompt", ChatEnd::GenerationPrompt),
+        ] {
+            let text = tokenizer
+                .apply_chat_template(&messages, &ChatOptions::ending(prompt))
+                .unwrap();
             assert_eq!(text, chat[key]["text"].as_str().unwrap());
             assert_eq!(tokenizer.encode(&text).unwrap(), ids(&chat[key]["ids"]));
         }
@@ -168,18 +187,24 @@ fn templates_may_refuse_and_may_be_absent() {
     let files = folder(&[("chat_template.jinja", refusing)]);
     let tokenizer = Tokenizer::from_dir(files.path()).unwrap();
     let messages = [ChatMessage::new("user", "Hello")];
-    let error = tokenizer.apply_chat_template(&messages, true).unwrap_err();
+    let error = tokenizer
+        .apply_chat_template(&messages, &ChatOptions::ending(ChatEnd::GenerationPrompt))
+        .unwrap_err();
     assert!(error.to_string().contains("no system turn"), "{error}");
     // Methods of Python strings work.
     let python = "{{ messages[0]['content'].strip().upper() }}";
     let files = folder(&[("chat_template.jinja", python)]);
     let tokenizer = Tokenizer::from_dir(files.path()).unwrap();
     let messages = [ChatMessage::new("user", "  Hello ")];
-    let text = tokenizer.apply_chat_template(&messages, true).unwrap();
+    let text = tokenizer
+        .apply_chat_template(&messages, &ChatOptions::ending(ChatEnd::GenerationPrompt))
+        .unwrap();
     assert_eq!(text, "HELLO");
     std::fs::remove_file(files.path().join("chat_template.jinja")).unwrap();
     let tokenizer = Tokenizer::from_dir(files.path()).unwrap();
-    let error = tokenizer.apply_chat_template(&messages, true).unwrap_err();
+    let error = tokenizer
+        .apply_chat_template(&messages, &ChatOptions::ending(ChatEnd::GenerationPrompt))
+        .unwrap_err();
     assert!(matches!(error, Error::NoChatTemplate), "{error}");
 }
 
