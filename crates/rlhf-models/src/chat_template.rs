@@ -5,7 +5,6 @@ mod limits;
 mod message;
 mod python;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::SystemTime;
 
@@ -174,7 +173,7 @@ impl ChatTemplates {
         environment.add_function("strftime_now", move |format: String| {
             python::strftime(now.unwrap_or_else(SystemTime::now), &format)
         });
-        let written = Arc::new(AtomicUsize::new(0));
+        let written = AtomicUsize::new(0);
         environment.set_formatter(move |out, _, value| {
             let text = python::str(value)?;
             // What a template captures in a variable does not pass the writer below, so that

@@ -36,7 +36,7 @@
 //!
 //! There is no dropout anywhere: configs keep its probabilities, nothing applies them.
 //!
-//! [`data`] reads datasets, one JSON object a line. To train a model of your own, not of this
+//! [`data`] reads datasets in TRL's formats from JSONL and Parquet files. To train a model of your own, not of this
 //! crate, implement `Policy` of `rlhf-core`; the training crates do not depend on this one.
 
 mod architecture;

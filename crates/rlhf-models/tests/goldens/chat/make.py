@@ -280,5 +280,8 @@ for bos in [None, False, True]:
         for folder in ["chatml", "llama3_style"]:
             t = PreTrainedTokenizerFast.from_pretrained(os.path.join(here, "../tokenizers", folder), **flags)
             out["post_processor"].append({"folder": folder, "flags": flags, "ids": t(text)["input_ids"]})
-json.dump(out, open(os.path.join(here, "templates.json"), "w"), indent=1, ensure_ascii=False)
+with open(os.path.join(here, "templates.json"), "w") as f:  # a case a line
+    lines = lambda items: ",\n".join(json.dumps(item, ensure_ascii=False) for item in items)
+    f.write('{"peer": %s,\n"templates": %s,\n"cases": [\n%s\n],\n"post_processor": [\n%s\n]}\n' % (
+        json.dumps(out["peer"]), json.dumps(out["templates"], indent=1, ensure_ascii=False), lines(out["cases"]), lines(out["post_processor"])))
 print(len(out["cases"]), "cases", sum("error" in c for c in out["cases"]), "errors", file=sys.stderr)
