@@ -8,6 +8,8 @@
 //! Ends with 1 if something was found, so that a script can stop there. With
 //! `--features parquet` Parquet files are read, too.
 
+#![allow(clippy::print_stdout, clippy::print_stderr)] // an example talks to its user
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 
