@@ -17,8 +17,8 @@
 //! ```
 //!
 //! [`Rows`] streams a file and finds out its [`Format`] by its columns; texts may be plain or
-//! conversations ([`Text`]). [`encode`] tokenises on all cores, a piece of the file at a time, so
-//! that a file is never in memory as text. [`lint`] says what is wrong with a file before it is
+//! conversations ([`Text`]). [`encode()`] tokenises on all cores, a piece of the file at a time, so
+//! that a file is never in memory as text. [`lint()`] says what is wrong with a file before it is
 //! trained on. For records of a type of your own there is [`read_jsonl`].
 //!
 //! Where a prompt ends is decided by tokens, as TRL does it: a prompt is encoded alone and
