@@ -118,7 +118,9 @@ impl TrainingCase {
         let tolerance = self.tolerance("final_weights_abs");
         let mut checked = 0;
         for (row, name) in names.iter().enumerate() {
-            let name = name.as_str().unwrap();
+            // PEFT wraps the model, and gives its adapters a name.
+            let name = name.as_str().unwrap().replace(".default.", ".");
+            let name = name.strip_prefix("base_model.model.").unwrap_or(&name);
             let found = params.iter().find(|(n, _)| n == name);
             let weight = &found.unwrap_or_else(|| panic!("no weight {name}")).1;
             let flat = weight.detach().contiguous().view(-1);

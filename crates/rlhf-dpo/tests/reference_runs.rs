@@ -36,7 +36,16 @@ fn repeat(name: &str, loss: DpoLoss, divergence: Divergence) {
         beta: case.param("beta").as_f64().unwrap(),
         microbatch_size,
     };
-    let mut trainer = DpoTrainer::new(load("model"), Box::new(load("ref_model")), config).unwrap();
+    let mut model = load("model");
+    let reference = match case.param("adapter").as_str() {
+        // TRL takes the policy as it is at the start.
+        Some(adapter) => {
+            model.load_adapter(model_dir("../").join(adapter)).unwrap();
+            model.snapshot().unwrap()
+        }
+        None => load("ref_model"),
+    };
+    let mut trainer = DpoTrainer::new(model, Box::new(reference), config).unwrap();
     let batch_size = microbatch_size * size("gradient_accumulation_steps");
     for (step, pairs) in preference_pairs().chunks(batch_size).enumerate() {
         let batch = PreferenceBatch::new(pairs.to_vec()).unwrap();
@@ -79,5 +88,6 @@ runs! {
     llama_sigmoid: "llama_sigmoid", SIGMOID, KL;
     llama_ipo: "llama_ipo", DpoLoss::Ipo, KL;
     llama_nca: "llama_nca_pair", DpoLoss::NcaPair, KL;
+    llama_lora: "llama_lora", SIGMOID, KL;
     llama_alpha_divergence: "llama_fdiv_alpha0.5", SIGMOID, Divergence::Alpha { alpha: 0.5 };
 }

@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::Head;
 use crate::decoder::CachedDecoder;
+use crate::lora::{CAUSAL_LM, Rebuild};
 use crate::trunk::{Model, Trunk};
 use crate::weights::{Builder, Init, WeightMap};
 use crate::{ModelConfig, Result};
@@ -40,7 +41,9 @@ impl Default for LoadOptions {
 /// A causal language model: a trunk and the projection to the vocabulary.
 ///
 /// Weights keep the names and layouts of the Hugging Face checkpoint, and are trainable unless
-/// [`set_trainable`](Self::set_trainable) says otherwise. There is no dropout.
+/// [`set_trainable`](Self::set_trainable) says otherwise. With
+/// [LoRA adapters](Self::add_adapter) those are trained in their place. There is no dropout but
+/// that of adapters.
 pub struct CausalLm {
     pub(crate) model: Model<LmHead>,
 }
@@ -66,6 +69,20 @@ impl LmHead {
             weight,
             softcap: config.logit_softcap(),
         }
+    }
+}
+
+impl Rebuild for LmHead {
+    fn rebuild(&self, config: &ModelConfig, trunk: &Trunk, builder: &mut Builder) -> Self {
+        Self::build(config, trunk, builder)
+    }
+
+    fn trained_module(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn task_type(&self) -> &'static str {
+        CAUSAL_LM
     }
 }
 
@@ -100,7 +117,8 @@ impl CausalLm {
     }
 
     /// Writes `config.json` and `model.safetensors`, which transformers reads back. Tied weights
-    /// are written once.
+    /// are written once. Adapters are merged into what is written, and only there; for the
+    /// adapters alone see [`save_adapter`](Self::save_adapter).
     ///
     /// # Errors
     /// A folder or file that cannot be written.
@@ -159,16 +177,12 @@ impl CausalLm {
     /// # Errors
     /// libtorch's (out of memory).
     pub fn try_clone(&self) -> Result<Self> {
-        let builder =
-            Builder::from_weights(self.model.copied_weights()?, self.device(), self.kind());
-        let config = self.config().clone();
-        let mut model = Model::build(config, builder, Path::new(""), LmHead::build)?;
-        model.checkpointing = self.model.checkpointing;
+        let model = self.model.duplicate()?;
         Ok(Self { model })
     }
 
-    /// Whether gradients are recorded for the weights. A model that is not trainable has no
-    /// [`named_parameters`](Parameters::named_parameters).
+    /// Whether gradients are recorded for the weights, or for the adapters where there are any.
+    /// A model that is not trainable has no [`named_parameters`](Parameters::named_parameters).
     pub fn set_trainable(&mut self, trainable: bool) {
         self.model.set_trainable(trainable);
     }

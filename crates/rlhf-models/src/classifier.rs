@@ -8,7 +8,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::{Head, label_count};
 use crate::layers::{Layout, Linear};
-use crate::trunk::Model;
+use crate::lora::{Rebuild, SEQ_CLS};
+use crate::trunk::{Model, Trunk};
 use crate::weights::{Builder, Init, fresh};
 use crate::{CausalLm, LoadOptions, ModelConfig, Result};
 
@@ -38,6 +39,20 @@ impl ScoreHead {
             linear: Linear::build(builder, "score", size, Layout::OutIn, false, init),
             labels,
         }
+    }
+}
+
+impl Rebuild for ScoreHead {
+    fn rebuild(&self, config: &ModelConfig, _: &Trunk, builder: &mut Builder) -> Self {
+        Self::build(config, builder, self.labels)
+    }
+
+    fn trained_module(&self) -> Option<&'static str> {
+        Some("score")
+    }
+
+    fn task_type(&self) -> &'static str {
+        SEQ_CLS
     }
 }
 
@@ -156,14 +171,11 @@ impl SequenceClassifier {
     /// # Errors
     /// libtorch's (out of memory).
     pub fn try_clone(&self) -> Result<Self> {
-        let weights = self.model.copied_weights()?;
-        let builder = Builder::from_weights(weights, self.device(), self.kind());
-        let mut copy = Self::build(self.config().clone(), builder, self.num_labels())?;
-        copy.model.checkpointing = self.model.checkpointing;
-        Ok(copy)
+        let model = self.model.duplicate()?;
+        Ok(Self { model })
     }
 
-    /// Whether gradients are recorded for the weights.
+    /// Whether gradients are recorded for the weights, or for the adapters where there are any.
     pub fn set_trainable(&mut self, trainable: bool) {
         self.model.set_trainable(trainable);
     }

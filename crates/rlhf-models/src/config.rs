@@ -314,6 +314,11 @@ impl Fields {
         }
     }
 
+    /// All fields, in the order of the file.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = (&String, &Value)> {
+        self.map.iter()
+    }
+
     pub(crate) fn need<T: DeserializeOwned>(&self, field: &str) -> Result<T> {
         self.get(field)?.ok_or_else(|| Error::MissingField {
             path: self.path.clone(),

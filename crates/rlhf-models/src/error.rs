@@ -81,6 +81,24 @@ pub enum Error {
         /// All tensors that are missing, not expected, or of another shape or type.
         problems: Vec<WeightProblem>,
     },
+    /// LoRA adapters do not fit the model. Every problem is listed.
+    #[error(
+        "{}adapters do not fit the model:{}",
+        path.as_ref().map(|path| format!("{}: ", path.display())).unwrap_or_default(),
+        problems.iter().map(|p| format!("\n  {p}")).collect::<String>()
+    )]
+    Adapter {
+        /// The adapter's folder, unless they are new.
+        path: Option<PathBuf>,
+        /// All names that no layer has, and all tensors that do not fit.
+        problems: Vec<AdapterProblem>,
+    },
+    /// A model without LoRA adapters was asked for something that needs them.
+    #[error("the model has no LoRA adapters; add or load some first")]
+    NoAdapter,
+    /// A model cannot have two sets of adapters.
+    #[error("the model has LoRA adapters already; merge them first")]
+    HasAdapter,
     /// `tokenizer.json` cannot be used.
     #[error("{}: not a usable tokenizer: {source}", path.display())]
     Tokenizer {
@@ -282,6 +300,37 @@ pub enum WeightProblem {
         name: String,
         /// Type in the file.
         dtype: String,
+    },
+}
+
+/// One thing that keeps adapters from a model.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AdapterProblem {
+    /// A tensor of the adapter's folder.
+    #[error(transparent)]
+    Weight(#[from] WeightProblem),
+    /// A name or pattern of `target_modules` that fits no linear layer.
+    #[error("no linear layer is called {name}; there are {}", known.join(", "))]
+    UnknownTarget {
+        /// What was asked for.
+        name: String,
+        /// What the model's linear layers are called.
+        known: Vec<String>,
+    },
+    /// A name of `modules_to_save` that fits no module.
+    #[error("modules_to_save: no module is called {name}; there are {}", known.join(", "))]
+    UnknownModule {
+        /// What was asked for.
+        name: String,
+        /// What the model's modules are called.
+        known: Vec<String>,
+    },
+    /// All that was chosen was excluded too.
+    #[error("no linear layer is left that may have an adapter; there are {}", known.join(", "))]
+    NoTarget {
+        /// What the model's linear layers are called.
+        known: Vec<String>,
     },
 }
 

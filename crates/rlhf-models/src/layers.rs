@@ -3,13 +3,15 @@
 use rlhf_core::Result;
 use tch::{Kind, Tensor};
 
+use crate::lora::Adapter;
 use crate::weights::{Builder, Init};
 
-/// An affine map of the last dimension.
+/// An affine map of the last dimension, with a LoRA adapter where the builder has one for it.
 pub(crate) struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
     layout: Layout,
+    adapter: Option<Adapter>,
 }
 
 /// Which way a checkpoint stores a matrix. Weights keep the checkpoint's layout, so that a
@@ -40,6 +42,7 @@ impl Linear {
             weight: builder.weight(&format!("{name}.weight"), &shape, init),
             bias: bias.then(|| builder.weight(&format!("{name}.bias"), &[outputs], Init::Zeros)),
             layout,
+            adapter: builder.adapter(name, (inputs, outputs), layout),
         }
     }
 
@@ -49,16 +52,21 @@ impl Linear {
             weight: self.weight.shallow_clone(),
             bias: self.bias.as_ref().map(Tensor::shallow_clone),
             layout: self.layout,
+            adapter: self.adapter.as_ref().map(Adapter::share),
         }
     }
 
     /// `[N, in]` to `[N, out]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(match (self.layout, &self.bias) {
+        let output = match (self.layout, &self.bias) {
             (Layout::OutIn, bias) => x.f_linear(&self.weight, bias.as_ref())?,
             (Layout::InOut, Some(bias)) => bias.f_addmm(x, &self.weight)?,
             (Layout::InOut, None) => x.f_matmul(&self.weight)?,
-        })
+        };
+        match &self.adapter {
+            Some(adapter) => adapter.add_to(output, x),
+            None => Ok(output),
+        }
     }
 }
 

@@ -34,7 +34,44 @@
 //! decoding keeps keys and values in a preallocated cache; weights are views of the mapped file
 //! where alignment and kind allow it.
 //!
-//! There is no dropout anywhere: configs keep its probabilities, nothing applies them.
+//! # LoRA
+//!
+//! [`CausalLm::add_adapter`] freezes a model and trains low-rank adapters in its place
+//! ([`LoraConfig`]). The reference of PPO or DPO is then the same model with its adapters off, in
+//! the same memory:
+//!
+//! ```
+//! use rlhf_models::core::Parameters;
+//! use rlhf_models::{CausalLm, LoadOptions, LoraConfig, Modules};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/goldens/models/llama");
+//! # let out = tempfile::tempdir()?;
+//! let mut policy = CausalLm::from_pretrained(folder, &LoadOptions::default())?;
+//! let config = LoraConfig {
+//!     rank: 4,
+//!     target_modules: Modules::named(["q_proj", "v_proj"]),
+//!     ..LoraConfig::default()
+//! };
+//! policy.add_adapter(&config, 0)?;
+//! let reference = policy.reference()?;
+//! let trained = policy.named_parameters();
+//! assert!(trained.iter().all(|(name, _)| name.contains(".lora_")));
+//! assert!(reference.named_parameters().is_empty());
+//!
+//! // ... DpoTrainer::new(policy, Box::new(reference), ..) and so on; afterwards:
+//! policy.save_adapter(out.path().join("adapter"))?; // PEFT reads it
+//! policy.save_pretrained(out.path().join("merged"))?; // transformers reads it
+//!
+//! let mut again = CausalLm::from_pretrained(folder, &LoadOptions::default())?;
+//! again.load_adapter(out.path().join("adapter"))?;
+//! again.merge()?; // a plain model again
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Adapters are the only place with dropout ([`LoraConfig::dropout`]): configs keep the
+//! probabilities of a model's own, nothing applies them.
 //!
 //! [`data`] reads datasets in TRL's formats from JSONL and Parquet files. To train a model of your own, not of this
 //! crate, implement `Policy` of `rlhf-core`; the training crates do not depend on this one.
@@ -58,6 +95,7 @@ mod kv_cache;
 mod layer_windows;
 mod layers;
 mod llama;
+mod lora;
 mod mistral;
 mod pre_norm;
 mod qwen2;
@@ -74,13 +112,14 @@ pub use causal_lm::{CausalLm, LoadOptions};
 pub use chat_template::{ChatEnd, ChatMessage, ChatOptions};
 pub use classifier::SequenceClassifier;
 pub use config::{ModelConfig, SUPPORTED_ARCHITECTURES, SpecialTokens};
-pub use error::{Error, Result, WeightProblem};
+pub use error::{AdapterProblem, Error, Result, WeightProblem};
 pub use gemma2::Gemma2Config;
 pub use gpt_neox::GptNeoxConfig;
 pub use gpt2::Gpt2Config;
 pub use layer_windows::SlidingWindow;
 pub use layers::Activation;
 pub use llama::LlamaConfig;
+pub use lora::{LoraConfig, Modules};
 pub use mistral::MistralConfig;
 pub use qwen2::Qwen2Config;
 pub use qwen3::Qwen3Config;

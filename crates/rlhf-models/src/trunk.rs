@@ -10,9 +10,10 @@ use crate::attention::{Attention, RowsOfLast, SegmentAttention};
 use crate::checkpoint::{read_weights, write_model};
 use crate::config::Head;
 use crate::layers::{LayerNorm, RmsNorm};
+use crate::lora::Adapters;
 use crate::rope::{Rope, Rotation};
 use crate::weights::{Builder, Init, WeightMap};
-use crate::{Error, LoadOptions, ModelConfig, Result};
+use crate::{LoadOptions, ModelConfig, Result};
 
 /// Everything of a model but its head: what an architecture hands over.
 pub(crate) struct Trunk {
@@ -173,6 +174,8 @@ pub(crate) struct Model<H> {
     pub(crate) trunk: Trunk,
     pub(crate) head: H,
     pub(crate) weights: WeightMap,
+    /// Adapters of frozen weights.
+    pub(crate) adapters: Option<Adapters>,
     pub(crate) checkpointing: GradientCheckpointing,
 }
 
@@ -186,15 +189,13 @@ impl<H> Model<H> {
     ) -> Result<Self> {
         let trunk = config.build_trunk(&mut builder)?;
         let head = head(&config, &trunk, &mut builder);
-        let weights = builder.finish().map_err(|problems| Error::Weights {
-            path: dir.into(),
-            problems,
-        })?;
+        let (weights, adapters) = builder.finish(dir)?;
         Ok(Self {
             config,
             trunk,
             head,
             weights,
+            adapters,
             checkpointing: GradientCheckpointing::default(),
         })
     }
@@ -223,26 +224,41 @@ impl<H> Model<H> {
         Ok(model)
     }
 
+    /// Writes a folder that holds a plain model: adapters are merged into what is written.
     pub(crate) fn save(&self, dir: &Path, head: Head, kind: Kind) -> Result<()> {
+        let _guard = tch::no_grad_guard();
         let weights = self
             .weights
             .iter()
-            .map(|(name, tensor)| Ok((name.clone(), tensor.f_to_kind(kind)?)))
+            .map(|(name, tensor)| {
+                let merged = self.merged_weight(name)?;
+                let weight = merged.as_ref().unwrap_or(tensor);
+                Ok((name.clone(), weight.f_to_kind(kind)?))
+            })
             .collect::<Result<Vec<_>>>()?;
         write_model(dir, weights, &self.config.to_json(head, kind))
     }
 
-    /// A copy of every weight, to build another model from.
+    /// A copy of every weight, adapters merged, to build another plain model from.
     pub(crate) fn copied_weights(&self) -> Result<WeightMap> {
         let _guard = tch::no_grad_guard();
         self.weights
             .iter()
             .map(|(name, tensor)| {
                 let mut copy = tensor.f_empty_like()?;
-                copy.f_copy_(tensor)?;
+                copy.f_copy_(self.merged_weight(name)?.as_ref().unwrap_or(tensor))?;
                 Ok((name.clone(), copy))
             })
             .collect()
+    }
+
+    /// The weight of that name with its adapter, in the wider kind of the two; `None` where
+    /// there is nothing to add.
+    pub(crate) fn merged_weight(&self, name: &str) -> Result<Option<Tensor>> {
+        match (&self.adapters, self.weights.get(name)) {
+            (Some(adapters), Some(weight)) => adapters.merged(name, weight),
+            _ => Ok(None),
+        }
     }
 
     /// `[N, H]` hidden states of a packed batch, after the last norm.
@@ -269,11 +285,16 @@ impl<H> Model<H> {
     }
 
     pub(crate) fn trainable(&self) -> Vec<(String, Tensor)> {
-        self.weights
+        let adapters = self.adapters.iter().flat_map(Adapters::weights);
+        let mut trainable: Vec<_> = self
+            .weights
             .iter()
+            .chain(adapters)
             .filter(|(_, tensor)| tensor.requires_grad())
             .map(|(name, tensor)| (name.clone(), tensor.shallow_clone()))
-            .collect()
+            .collect();
+        trainable.sort_by(|a, b| a.0.cmp(&b.0));
+        trainable
     }
 
     pub(crate) fn set_checkpointing(&mut self, checkpointing: GradientCheckpointing) -> Result<()> {
@@ -282,8 +303,13 @@ impl<H> Model<H> {
         Ok(())
     }
 
+    /// Where there are adapters it is about them; what they adapt stays frozen.
     pub(crate) fn set_trainable(&mut self, trainable: bool) {
-        for tensor in self.weights.values() {
+        let weights = match &self.adapters {
+            Some(adapters) => adapters.weights(),
+            None => &self.weights,
+        };
+        for tensor in weights.values() {
             // Returns another handle of the same tensor, on which the flag is set.
             let _ = tensor.set_requires_grad(trainable);
         }

@@ -9,19 +9,20 @@ use tch::{Device, Kind, Tensor};
 use crate::classifier::SCORE;
 use crate::config::Head;
 use crate::layers::{Layout, Linear};
-use crate::trunk::Model;
+use crate::lora::{CAUSAL_LM, Rebuild, SEQ_CLS, adapted};
+use crate::trunk::{Model, Trunk};
 use crate::weights::{Builder, Init, WeightMap, fresh};
-use crate::{CausalLm, LoadOptions, ModelConfig, Result, SequenceClassifier};
+use crate::{CausalLm, LoadOptions, LoraConfig, ModelConfig, Result, SequenceClassifier};
 
 /// A trunk with a linear layer that gives every token a value.
 ///
 /// The value of a token is that of the state after it, so [`ValueModel::values`] begins at the
 /// prompt's last token.
 pub struct ValueHeadModel {
-    model: Model<ValueHead>,
+    pub(crate) model: Model<ValueHead>,
 }
 
-struct ValueHead {
+pub(crate) struct ValueHead {
     linear: Linear,
     layout: HeadLayout,
 }
@@ -52,6 +53,26 @@ impl HeadLayout {
         ValueHead {
             linear: Linear::build(builder, name, size, Layout::OutIn, bias, Init::Zeros),
             layout: self,
+        }
+    }
+}
+
+impl Rebuild for ValueHead {
+    fn rebuild(&self, config: &ModelConfig, _: &Trunk, builder: &mut Builder) -> Self {
+        self.layout.build(config, builder)
+    }
+
+    fn trained_module(&self) -> Option<&'static str> {
+        Some(match self.layout {
+            HeadLayout::Score => "score",
+            HeadLayout::Summary => "v_head.summary",
+        })
+    }
+
+    fn task_type(&self) -> &'static str {
+        match self.layout {
+            HeadLayout::Score => SEQ_CLS,
+            HeadLayout::Summary => CAUSAL_LM,
         }
     }
 }
@@ -99,10 +120,24 @@ impl ValueHeadModel {
     pub fn from_causal_lm(model: &CausalLm, seed: u64) -> Result<Self> {
         let mut weights = model.model.copied_weights()?;
         weights.remove(model.config().head_name());
-        let width = model.config().hidden_size();
-        let init = Init::Normal(1.0 / ((width + 1) as f64).sqrt());
-        weights.insert(SCORE.into(), fresh(seed, SCORE, &[1, width], init));
+        weights.insert(SCORE.into(), fresh_score(model, seed));
         Self::build_like(&model.model, weights)
+    }
+
+    /// A critic on the frozen weights of a language model with adapters, in the same memory: it
+    /// adds adapters of its own and a head as that of [`from_causal_lm`](Self::from_causal_lm).
+    ///
+    /// # Errors
+    /// [`Error::NoAdapter`](crate::Error::NoAdapter) if the language model has no adapters, since
+    /// its weights are trained then; those of [`CausalLm::add_adapter`].
+    pub fn on_base_of(model: &CausalLm, config: &LoraConfig, seed: u64) -> Result<Self> {
+        let mut weights = model.shared_trunk()?;
+        weights.insert(SCORE.into(), fresh_score(model, seed));
+        let head = |config: &ModelConfig, _: &Trunk, builder: &mut Builder| {
+            HeadLayout::Score.build(config, builder)
+        };
+        let model = adapted(model, weights, (config, seed), "score", head)?;
+        Ok(Self { model })
     }
 
     /// A model of `weights` that is otherwise as `origin`.
@@ -145,10 +180,11 @@ impl ValueHeadModel {
     /// # Errors
     /// libtorch's (out of memory).
     pub fn try_clone(&self) -> Result<Self> {
-        Self::build_like(&self.model, self.model.copied_weights()?)
+        let model = self.model.duplicate()?;
+        Ok(Self { model })
     }
 
-    /// Whether gradients are recorded for the weights.
+    /// Whether gradients are recorded for the weights, or for the adapters where there are any.
     pub fn set_trainable(&mut self, trainable: bool) {
         self.model.set_trainable(trainable);
     }
@@ -168,6 +204,13 @@ impl ValueHeadModel {
     ) -> Result<()> {
         self.model.set_checkpointing(checkpointing)
     }
+}
+
+/// The head that a critic begins with, `[1, H]` f32.
+fn fresh_score(model: &CausalLm, seed: u64) -> Tensor {
+    let width = model.config().hidden_size();
+    let init = Init::Normal(1.0 / ((width + 1) as f64).sqrt());
+    fresh(seed, SCORE, &[1, width], init)
 }
 
 impl Parameters for ValueHeadModel {

@@ -1,12 +1,15 @@
 //! Weights by name: where a model's tensors come from, and where they are kept.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
 
-use crate::WeightProblem;
+use crate::layers::Layout;
+use crate::lora::{Adapter, AdapterBuilder, Adapters};
+use crate::{Error, Result, WeightProblem};
 
 /// A model's weights by their name in the checkpoint, each once.
 pub(crate) type WeightMap = BTreeMap<String, Tensor>;
@@ -18,6 +21,8 @@ pub(crate) enum Init {
     Ones,
     /// Normal with mean 0 and this standard deviation.
     Normal(f64),
+    /// Uniform between minus and plus this bound.
+    Uniform(f64),
 }
 
 /// Gives a model under construction its weights, and notes all that do not fit.
@@ -27,11 +32,16 @@ pub(crate) struct Builder {
     kind: Kind,
     weights: WeightMap,
     problems: Vec<WeightProblem>,
+    adapters: Option<AdapterBuilder>,
 }
 
 enum Source {
     Checkpoint(WeightMap),
-    Random { seed: u64 },
+    Random {
+        seed: u64,
+    },
+    /// Frozen handles of another model's weights.
+    Shared(WeightMap),
 }
 
 impl Builder {
@@ -45,6 +55,19 @@ impl Builder {
         Self::new(Source::Random { seed }, device, kind)
     }
 
+    /// Weights that lie in another model's memory, frozen here, with the adapters that are given.
+    pub(crate) fn shared(
+        weights: WeightMap,
+        device: Device,
+        kind: Kind,
+        adapters: Option<AdapterBuilder>,
+    ) -> Self {
+        Self {
+            adapters,
+            ..Self::new(Source::Shared(weights), device, kind)
+        }
+    }
+
     fn new(source: Source, device: Device, kind: Kind) -> Self {
         Self {
             source,
@@ -52,6 +75,7 @@ impl Builder {
             kind,
             weights: WeightMap::new(),
             problems: Vec::new(),
+            adapters: None,
         }
     }
 
@@ -63,9 +87,10 @@ impl Builder {
     /// The weight of that name. Where it does not fit, the problem is noted for
     /// [`finish`](Self::finish) and a stand-in returned.
     pub(crate) fn weight(&mut self, name: &str, shape: &[i64], init: Init) -> Tensor {
+        let trainable = !matches!(self.source, Source::Shared(_));
         let tensor = match &mut self.source {
             Source::Random { seed } => fresh(*seed, name, shape, init),
-            Source::Checkpoint(weights) => match weights.remove(name) {
+            Source::Checkpoint(weights) | Source::Shared(weights) => match weights.remove(name) {
                 Some(tensor) if tensor.size() == shape => tensor,
                 Some(tensor) => {
                     self.problems.push(WeightProblem::Shape {
@@ -85,25 +110,45 @@ impl Builder {
             },
         };
         let tensor = tensor.to_device(self.device).to_kind(self.kind);
-        let tensor = tensor.set_requires_grad(true);
+        let tensor = tensor.set_requires_grad(trainable);
         self.weights.insert(name.into(), tensor.shallow_clone());
-        tensor
+        match &mut self.adapters {
+            // A module that is trained whole stands in for the frozen one.
+            Some(adapters) => adapters.saved_weight(name, &tensor).unwrap_or(tensor),
+            None => tensor,
+        }
     }
 
-    /// All weights that were asked for, or every problem met.
-    pub(crate) fn finish(mut self) -> Result<WeightMap, Vec<WeightProblem>> {
-        if let Source::Checkpoint(rest) = &self.source {
+    /// What is added to the linear layer of that name, if anything.
+    pub(crate) fn adapter(
+        &mut self,
+        name: &str,
+        size: (i64, i64),
+        layout: Layout,
+    ) -> Option<Adapter> {
+        self.adapters.as_mut()?.linear(name, size, layout)
+    }
+
+    /// All weights that were asked for, and the adapters beside them.
+    ///
+    /// # Errors
+    /// Every problem met; `dir` names the checkpoint in them.
+    pub(crate) fn finish(mut self, dir: &Path) -> Result<(WeightMap, Option<Adapters>)> {
+        if let Source::Checkpoint(rest) | Source::Shared(rest) = &self.source {
             self.problems
                 .extend(rest.iter().map(|(name, tensor)| WeightProblem::Unexpected {
                     name: name.clone(),
                     shape: tensor.size(),
                 }));
         }
-        if self.problems.is_empty() {
-            Ok(self.weights)
-        } else {
-            Err(self.problems)
+        if !self.problems.is_empty() {
+            return Err(Error::Weights {
+                path: dir.into(),
+                problems: self.problems,
+            });
         }
+        let adapters = self.adapters.map(AdapterBuilder::finish).transpose()?;
+        Ok((self.weights, adapters))
     }
 }
 
@@ -113,9 +158,16 @@ pub(crate) fn fresh(seed: u64, name: &str, shape: &[i64], init: Init) -> Tensor 
     match init {
         Init::Zeros => Tensor::zeros(shape, options),
         Init::Ones => Tensor::ones(shape, options),
+        Init::Uniform(bound) => {
+            let mut rng = stream(seed, name);
+            let count = shape.iter().product::<i64>();
+            let values: Vec<f32> = (0..count)
+                .map(|_| ((2.0 * rng.random::<f64>() - 1.0) * bound) as f32)
+                .collect();
+            Tensor::from_slice(&values).view(shape)
+        }
         Init::Normal(std) => {
-            let mut rng = ChaCha8Rng::seed_from_u64(seed);
-            rng.set_stream(fnv1a(name));
+            let mut rng = stream(seed, name);
             let count = shape.iter().product::<i64>() as usize;
             let mut values = Vec::with_capacity(count + 1);
             while values.len() < count {
@@ -128,6 +180,13 @@ pub(crate) fn fresh(seed: u64, name: &str, shape: &[i64], init: Init) -> Tensor 
             Tensor::from_slice(&values[..count]).view(shape)
         }
     }
+}
+
+/// Random numbers of one weight.
+fn stream(seed: u64, name: &str) -> ChaCha8Rng {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(fnv1a(name));
+    rng
 }
 
 /// A hash that is the same on every platform and in every version, unlike the standard one.

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::model_dir;
+use common::{adapter_dir, model_dir};
 use rlhf_core::{LogprobOptions, Parameters, Policy, Scorer, Sequence, SequenceBatch, ValueModel};
 use rlhf_models::{
     CausalLm, CheckpointPolicy, GradientCheckpointing, LoadOptions, SequenceClassifier,
@@ -88,6 +88,29 @@ fn a_language_model() {
             };
             let scores = model.logprobs(&batch(), &options).unwrap();
             scores.logprobs.sum(Kind::Float) + scores.entropy.unwrap().square().sum(Kind::Float)
+        });
+    }
+}
+
+#[test]
+fn lora_adapters() {
+    for (architecture, adapter) in [("gpt2", "gpt2_attn_mlp"), ("llama", "llama_all_rslora")] {
+        let dir = model_dir(architecture);
+        let mut model = CausalLm::from_pretrained(dir, &LoadOptions::default()).unwrap();
+        model.load_adapter(adapter_dir(adapter)).unwrap();
+        let set = |model: &mut CausalLm, checkpointing| {
+            model.set_gradient_checkpointing(checkpointing).unwrap();
+        };
+        assert_equal_under_every_policy(&mut model, set, |model| {
+            let scores = model.logprobs(&batch(), &LogprobOptions::default());
+            scores.unwrap().logprobs.sum(Kind::Float)
+        });
+        let mut critic = ValueHeadModel::on_base_of(&model, model.adapter().unwrap(), 1).unwrap();
+        let set = |model: &mut ValueHeadModel, checkpointing| {
+            model.set_gradient_checkpointing(checkpointing).unwrap();
+        };
+        assert_equal_under_every_policy(&mut critic, set, |model| {
+            model.values(&batch()).unwrap().square().sum(Kind::Float)
         });
     }
 }

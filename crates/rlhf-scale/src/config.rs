@@ -137,6 +137,8 @@ pub struct UpdateConfig {
     /// Averages of the weights, kept up to date by every update that is not skipped; `None` for
     /// none.
     pub ema: Option<EmaConfig>,
+    /// Seed of what losses draw from libtorch's generators, such as dropout.
+    pub seed: u64,
 }
 
 impl Default for UpdateConfig {
@@ -147,6 +149,7 @@ impl Default for UpdateConfig {
             max_grad_norm: Some(1.0),
             loss_scale: None,
             ema: None,
+            seed: 0,
         }
     }
 }

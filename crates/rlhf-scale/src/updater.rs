@@ -3,7 +3,8 @@
 mod files;
 mod stats;
 
-use rlhf_core::Error as CoreError;
+use rand_chacha::rand_core::RngCore;
+use rlhf_core::{Error as CoreError, RngStreams};
 use tch::{Kind, Tensor};
 
 use crate::gradients::{self, Norm, grad_of};
@@ -123,6 +124,10 @@ impl Updater {
     /// count of the whole batch: then the split does not change the result. Gradients that were
     /// there before are dropped. Parameters that get no gradient are skipped.
     ///
+    /// Before each loss libtorch's generators are seeded from the configuration's seed, the step
+    /// and the microbatch. What a loss draws from them, dropout for one, depends on nothing else,
+    /// so that a resumed run draws what an uninterrupted one does.
+    ///
     /// The host waits for the device once, to read losses and norm.
     ///
     /// # Errors
@@ -162,7 +167,9 @@ impl Updater {
         self.clear_grads()?;
         let mut losses = Vec::with_capacity(microbatches);
         let mut sums: Vec<Option<Tensor>> = self.params.iter().map(|_| None).collect();
+        let mut seeds = RngStreams::new(self.config.seed).stream("update/losses", self.step);
         for microbatch in 0..microbatches {
+            tch::manual_seed(seeds.next_u64() as i64);
             let loss = loss(microbatch)?;
             losses.push(self.backward_one(microbatch, &loss)?);
             if microbatches > 1 {

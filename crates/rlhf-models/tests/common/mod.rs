@@ -36,6 +36,10 @@ impl Case {
             .unwrap_or_else(|| panic!("no {name} in {:?}", known()))
     }
 
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
     pub fn rows(&self, name: &str) -> Vec<Vec<i64>> {
         Vec::<Vec<i64>>::try_from(self.tensor(name)).unwrap()
     }
@@ -69,6 +73,10 @@ pub fn language_models() -> Vec<(String, PathBuf)> {
     models.sort();
     assert!(models.len() > 3, "{models:?}");
     models
+}
+
+pub fn adapter_dir(name: &str) -> PathBuf {
+    model_dir("..").join("adapters").join(name)
 }
 
 /// Prompts and completions of padded rows, whichever side the padding is on.

@@ -69,8 +69,8 @@ unsafe extern "C" {
     ) -> Message;
 }
 
-/// Whether operations of this thread are recorded.
-pub(crate) fn grad_enabled() -> bool {
+/// Whether operations of this thread are recorded for backward: not under `tch::no_grad_guard`.
+pub fn grad_enabled() -> bool {
     // SAFETY: reads a thread-local flag.
     unsafe { rlhf_grad_enabled() }
 }

@@ -1,0 +1,265 @@
+//! Adapters of a model under construction, and those of a finished one.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tch::{Device, Kind, Tensor};
+
+use super::adapter::{Adapter, Dropout};
+use super::config::{LoraConfig, Selection, is_end};
+use crate::error::AdapterProblem;
+use crate::layers::Layout;
+use crate::weights::{Init, WeightMap, fresh};
+use crate::{Error, Result, WeightProblem};
+
+/// The adapters of a model, and its modules that are trained whole.
+pub(crate) struct Adapters {
+    pub(super) config: LoraConfig,
+    /// Both factors of every adapter as `<module>.lora_A.weight` and `.lora_B.weight`, and the
+    /// weights of whole modules under the names of those that they stand in for.
+    weights: WeightMap,
+    /// By the name of the linear layer.
+    adapters: BTreeMap<String, (Adapter, Layout)>,
+    pub(super) dropout: Arc<Dropout>,
+}
+
+/// Where adapters come from.
+pub(super) enum Origin {
+    /// `A` random, `B` zero: the model computes what it did without them.
+    Fresh { seed: u64 },
+    /// Weights by their names in [`Adapters::weights`], from the folder `path` if any.
+    Given {
+        weights: WeightMap,
+        path: Option<PathBuf>,
+    },
+}
+
+/// Gives a model under construction its adapters, and notes all that does not fit.
+pub(crate) struct AdapterBuilder {
+    selection: Selection,
+    origin: Origin,
+    device: Device,
+    kind: Kind,
+    trainable: bool,
+    built: Adapters,
+    linears: Vec<String>,
+    modules: BTreeSet<String>,
+    problems: Vec<AdapterProblem>,
+}
+
+impl AdapterBuilder {
+    /// Adapters of a model whose weights are of the kind `base`.
+    pub(super) fn new(
+        config: &LoraConfig,
+        origin: Origin,
+        device: Device,
+        base: Kind,
+    ) -> Result<Self> {
+        Ok(Self {
+            selection: Selection::new(config)?,
+            origin,
+            device,
+            // Small steps of small numbers: 16 bits would lose them.
+            kind: match base {
+                Kind::Double => Kind::Double,
+                _ => Kind::Float,
+            },
+            trainable: true,
+            built: Adapters {
+                config: config.clone(),
+                weights: WeightMap::new(),
+                adapters: BTreeMap::new(),
+                dropout: Arc::new(Dropout::new(config.dropout)),
+            },
+            linears: Vec::new(),
+            modules: BTreeSet::new(),
+            problems: Vec::new(),
+        })
+    }
+
+    /// Adapters that are never trained.
+    pub(super) fn frozen(mut self) -> Self {
+        self.trainable = false;
+        self
+    }
+
+    /// The adapter of a linear layer, if it has one.
+    pub(crate) fn linear(
+        &mut self,
+        name: &str,
+        (inputs, outputs): (i64, i64),
+        layout: Layout,
+    ) -> Option<Adapter> {
+        if !self.selection.is_saved(name) {
+            self.linears.push(name.into());
+        }
+        if !self.selection.adapts(name) {
+            return None;
+        }
+        let (rank, alpha) = self.selection.size(name);
+        // Kaiming's uniform with a = √5, as PEFT and PyTorch's linear layers have it.
+        let init = Init::Uniform(1.0 / (inputs as f64).sqrt());
+        let adapter = Adapter {
+            a: self.factor(&format!("{name}.lora_A.weight"), [rank, inputs], init),
+            b: self.factor(
+                &format!("{name}.lora_B.weight"),
+                [outputs, rank],
+                Init::Zeros,
+            ),
+            scaling: self.built.config.scaling(rank, alpha),
+            dropout: Arc::clone(&self.built.dropout),
+        };
+        let kept = (adapter.share(), layout);
+        self.built.adapters.insert(name.into(), kept);
+        Some(adapter)
+    }
+
+    fn factor(&mut self, name: &str, shape: [i64; 2], init: Init) -> Tensor {
+        let tensor = match &self.origin {
+            Origin::Fresh { seed } => Some(fresh(*seed, name, &shape, init)),
+            Origin::Given { .. } => self.given(name, &shape),
+        };
+        let tensor = tensor.unwrap_or_else(|| Tensor::zeros(shape, (self.kind, Device::Cpu)));
+        self.keep(name, tensor.to_kind(self.kind))
+    }
+
+    /// The weight that stands in for `base` if its module is trained whole.
+    pub(crate) fn saved_weight(&mut self, name: &str, base: &Tensor) -> Option<Tensor> {
+        let module = module_of(name);
+        self.modules.insert(module.into());
+        if !self.selection.is_saved(module) {
+            return None;
+        }
+        let tensor = match &self.origin {
+            Origin::Fresh { .. } => base.detach().copy(),
+            Origin::Given { .. } => self.given(name, &base.size())?,
+        };
+        Some(self.keep(name, tensor.to_kind(base.kind())))
+    }
+
+    /// Takes a weight out of those given.
+    fn given(&mut self, name: &str, expected: &[i64]) -> Option<Tensor> {
+        let Origin::Given { weights, .. } = &mut self.origin else {
+            return None;
+        };
+        let problem = match weights.remove(name) {
+            Some(tensor) if tensor.size() == expected => return Some(tensor),
+            Some(tensor) => WeightProblem::Shape {
+                name: name.into(),
+                found: tensor.size(),
+                expected: expected.into(),
+            },
+            None => WeightProblem::Missing {
+                name: name.into(),
+                shape: expected.into(),
+            },
+        };
+        self.problems.push(problem.into());
+        None
+    }
+
+    fn keep(&mut self, name: &str, tensor: Tensor) -> Tensor {
+        let tensor = tensor.to_device(self.device);
+        let tensor = tensor.set_requires_grad(self.trainable);
+        let alias = tensor.shallow_clone();
+        self.built.weights.insert(name.into(), alias);
+        tensor
+    }
+
+    pub(crate) fn finish(mut self) -> Result<Adapters> {
+        let known = last_parts(&self.linears);
+        for name in self.selection.unmatched(&self.linears) {
+            let known = known.clone();
+            let problem = AdapterProblem::UnknownTarget { name, known };
+            self.problems.push(problem);
+        }
+        let path = match self.origin {
+            Origin::Fresh { .. } => {
+                for name in &self.built.config.modules_to_save {
+                    if !self.modules.iter().any(|module| is_end(name, module)) {
+                        self.problems.push(AdapterProblem::UnknownModule {
+                            name: name.clone(),
+                            known: last_parts(&self.modules),
+                        });
+                    }
+                }
+                None
+            }
+            // PEFT lists the heads that a classifier may have, of which it has one.
+            Origin::Given { weights, path } => {
+                for (name, tensor) in weights {
+                    let shape = tensor.size();
+                    let problem = WeightProblem::Unexpected { name, shape };
+                    self.problems.push(problem.into());
+                }
+                path
+            }
+        };
+        if self.built.adapters.is_empty() && self.problems.is_empty() {
+            self.problems.push(AdapterProblem::NoTarget { known });
+        }
+        match self.problems.is_empty() {
+            true => Ok(self.built),
+            false => Err(Error::Adapter {
+                path,
+                problems: self.problems,
+            }),
+        }
+    }
+}
+
+impl Adapters {
+    /// All that is trained, by name.
+    pub(crate) fn weights(&self) -> &WeightMap {
+        &self.weights
+    }
+
+    /// The weight `name` of the frozen model with what is trained in it, in the wider kind of
+    /// the two; `None` where nothing is.
+    pub(crate) fn merged(&self, name: &str, base: &Tensor) -> Result<Option<Tensor>> {
+        if let Some(saved) = self.weights.get(name) {
+            return Ok(Some(saved.f_detach()?));
+        }
+        let Some((adapter, layout)) = name
+            .strip_suffix(".weight")
+            .and_then(|module| self.adapters.get(module))
+        else {
+            return Ok(None);
+        };
+        Ok(Some(adapter.merged(base, *layout)?))
+    }
+
+    /// The modules that have adapters, in order.
+    pub(super) fn modules(&self) -> impl Iterator<Item = &String> {
+        self.adapters.keys()
+    }
+
+    /// Whether the adapted matrices are stored `[in, out]`.
+    pub(super) fn is_fan_in_fan_out(&self) -> bool {
+        let mut layouts = self.adapters.values().map(|(_, layout)| *layout);
+        layouts.any(|layout| layout == Layout::InOut)
+    }
+
+    /// A copy of every weight.
+    pub(super) fn copied(&self) -> Result<WeightMap> {
+        self.weights
+            .iter()
+            .map(|(name, tensor)| Ok((name.clone(), tensor.f_detach()?.copy())))
+            .collect()
+    }
+}
+
+/// The module that a weight belongs to.
+fn module_of(weight: &str) -> &str {
+    weight.rsplit_once('.').map_or(weight, |(module, _)| module)
+}
+
+/// What names end with, each once.
+pub(super) fn last_parts<'a>(names: impl IntoIterator<Item = &'a String>) -> Vec<String> {
+    let parts: BTreeSet<&str> = names
+        .into_iter()
+        .map(|name| name.rsplit('.').next().unwrap_or(name))
+        .collect();
+    parts.into_iter().map(String::from).collect()
+}
