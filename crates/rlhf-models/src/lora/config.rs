@@ -361,7 +361,8 @@ mod tests {
 
     #[test]
     fn values_that_cannot_be() {
-        let bad: [(&str, fn(&mut LoraConfig)); 7] = [
+        type Spoil = fn(&mut LoraConfig);
+        let bad: [(&str, Spoil); 7] = [
             ("rank", |c| c.rank = 0),
             ("rank", |c| c.rank_pattern = [("a".into(), -1)].into()),
             ("alpha", |c| c.alpha = f64::NAN),
