@@ -205,6 +205,33 @@ fn fresh_adapters_change_nothing_and_are_all_that_is_trained() {
 }
 
 #[test]
+fn every_architecture_has_adapters() {
+    // Linear layers in two blocks.
+    for (name, layers) in [
+        ("gpt_neox", 8),
+        ("mistral", 14),
+        ("qwen2", 14),
+        ("qwen3", 14),
+        ("gemma2", 14),
+    ] {
+        let mut model = load(name);
+        let plain = logprobs(&model);
+        model.add_adapter(&LoraConfig::default(), 0).unwrap();
+        assert!(logprobs(&model).equal(&plain), "{name}");
+        assert_eq!(model.named_parameters().len(), 2 * layers, "{name}");
+        train(&model);
+        let adapted = logprobs(&model);
+        assert!(!adapted.equal(&plain), "{name}");
+        assert!(
+            logprobs(&model.reference().unwrap()).equal(&plain),
+            "{name}"
+        );
+        model.merge().unwrap();
+        assert_close(name, &logprobs(&model), &adapted, 1e-4);
+    }
+}
+
+#[test]
 fn a_reference_shares_memory_and_does_not_move() {
     for (adapter, name) in ADAPTERS {
         let plain = logprobs(&load(name));

@@ -91,11 +91,7 @@ impl<H: Rebuild> Model<H> {
     fn load_adapter(&mut self, dir: &Path) -> Result<()> {
         self.check_plain()?;
         let files = AdapterFiles::read(dir)?;
-        let weights = files
-            .weights
-            .into_iter()
-            .map(|(name, tensor)| (self.config.canonical_name(name), tensor))
-            .collect();
+        let weights = files.weights;
         let path = Some(dir.to_path_buf());
         let adapters = self.adapters_from(&files.config, Origin::Given { weights, path })?;
         let model = self.on_base(Some(adapters))?;
