@@ -312,7 +312,7 @@ void attend_all(const Step& s, int64_t rows, const Tensor& query, const Tensor& 
   });
 }
 
-// ---- norm and rotation -------------------------------------------------------------------------------
+// ---- norm --------------------------------------------------------------------------------------------
 
 template <class T>
 WIDE void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t width, double epsilon) {
@@ -325,19 +325,6 @@ WIDE void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t wi
     float scale = 1.0f / std::sqrt(total / width + static_cast<float>(epsilon));
     // Rounded before the weight, as the model does it one operation after another.
     for (i = 0; i < width; i++) put(out + i, rounded(get(x + i) * scale, x) * get(weight + i));
-  }
-}
-
-template <class T>
-WIDE void rotate(const T* x, const T* cosines, const T* sines, T* out, int64_t rows, int64_t heads, int64_t d) {
-  int64_t half = d / 2;
-  for (int64_t i = 0; i < rows * heads; i++, x += d, out += d) {
-    const T *c = cosines + i / heads * d, *s = sines + i / heads * d;
-    for (int64_t j = 0; j < half; j++) {
-      float low = get(x + j), high = get(x + j + half);
-      put(out + j, rounded(low * get(c + j), x) + rounded(-high * get(s + j), x));
-      put(out + j + half, rounded(high * get(c + j + half), x) + rounded(low * get(s + j + half), x));
-    }
   }
 }
 
@@ -399,26 +386,6 @@ char* rlhf_few_rows_rms_norm(const Tensor* x, const Tensor* weight, double epsil
       using T = std::remove_pointer_t<decltype(kind)>;
       auto data = [](const Tensor& t) { return static_cast<T*>(t.data_ptr()); };
       rms_norm<T>(data(*x), data(*weight), data(out), x->size(0), x->size(1), epsilon);
-    };
-    if (x->scalar_type() == at::kFloat) run(static_cast<float*>(nullptr));
-    else run(static_cast<uint16_t*>(nullptr));
-    *result = new Tensor(out);
-#endif
-  });
-}
-
-// x [M, heads, d] times cos plus its halves, turned, times sin; cos and sin [M, 1, d].
-char* rlhf_few_rows_rotate(const Tensor* x, const Tensor* cos, const Tensor* sin, Tensor** result) {
-  return guarded([&] {
-#ifdef RLHF_KERNELS
-    if (x->dim() != 3 || x->size(0) > kMostRows || x->size(2) % 2 != 0) return;
-    if (cos->numel() != x->size(0) * x->size(2) || sin->numel() != cos->numel()) return;
-    if (!applies({x, cos, sin})) return;
-    auto out = at::empty_like(*x);
-    auto run = [&](auto* kind) {
-      using T = std::remove_pointer_t<decltype(kind)>;
-      auto data = [](const Tensor& t) { return static_cast<T*>(t.data_ptr()); };
-      rotate<T>(data(*x), data(*cos), data(*sin), data(out), x->size(0), x->size(1), x->size(2));
     };
     if (x->scalar_type() == at::kFloat) run(static_cast<float*>(nullptr));
     else run(static_cast<uint16_t*>(nullptr));

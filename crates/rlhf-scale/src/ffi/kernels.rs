@@ -20,7 +20,6 @@ use crate::{Error, Result};
 unsafe extern "C" {
     fn rlhf_few_rows_linear(x: Raw, weight: Raw, bias: Raw, result: *mut Raw) -> Message;
     fn rlhf_few_rows_rms_norm(x: Raw, weight: Raw, epsilon: f64, result: *mut Raw) -> Message;
-    fn rlhf_few_rows_rotate(x: Raw, cos: Raw, sin: Raw, result: *mut Raw) -> Message;
     fn rlhf_cached_attention(
         query: Raw,
         key: Raw,
@@ -60,19 +59,6 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Opti
 pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Option<Tensor>> {
     // SAFETY: live tensors.
     returned(|result| unsafe { rlhf_few_rows_rms_norm(raw(x), raw(weight), epsilon, result) })
-}
-
-/// Rotary positions: `x cos + turned(x) sin`, where `turned` puts the second half of a head, negated,
-/// before the first.
-///
-/// # Shapes
-/// `x`: `[M, heads, d]`; `cos`, `sin`: `[M, 1, d]`. Returns `[M, heads, d]`.
-///
-/// # Errors
-/// libtorch's (out of memory).
-pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Option<Tensor>> {
-    // SAFETY: live tensors.
-    returned(|result| unsafe { rlhf_few_rows_rotate(raw(x), raw(cos), raw(sin), result) })
 }
 
 /// One token of every row and the cache that it looks at, for [`cached_attention`].
