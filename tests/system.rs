@@ -63,6 +63,26 @@ fn texts_are_written_and_judged() {
 }
 
 #[test]
+fn a_stream_gives_the_text_in_whole_characters() {
+    for stop_strings in [vec![], vec!["e".to_string()]] {
+        let config = GenerationConfig {
+            max_new_tokens: 40,
+            stop_strings,
+            ..GenerationConfig::default()
+        };
+        let system = || system().with_generation(config.clone()).unwrap();
+        let text = system().generate_text("The quick brown fox").unwrap();
+        let system = system();
+        let stream = system.generate_text_stream("The quick brown fox").unwrap();
+        let pieces: Vec<String> = stream.collect::<Result<_>>().unwrap();
+        assert_eq!(pieces.concat(), text);
+        assert!(pieces.len() > 1 || config.stop_strings.len() == 1);
+        assert!(config.stop_strings.iter().all(|stop| !text.contains(stop)));
+    }
+    assert!(system().generate_text_stream("").is_err());
+}
+
+#[test]
 fn sampling_follows_the_seed() {
     let sampled = |seed| -> Result<Vec<String>> {
         let config = GenerationConfig {

@@ -87,6 +87,45 @@ def forward_backward():
     done()
 
 
+def generate():
+    """48 sampled tokens for every left-padded prompt, after one for the first."""
+    model = load(getattr(torch, work["dtype"])).eval()
+    batches = []
+    for step in range(STEPS):
+        prompts = [row["prompt"] for row in ROWS[step * BATCH : (step + 1) * BATCH]]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[TOKENIZER.pad_token_id] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        batches.append((ids, mask))
+
+    @torch.no_grad()
+    def write(ids, mask, tokens):
+        return model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            pad_token_id=TOKENIZER.pad_token_id,
+        )
+
+    first = torch.tensor([ROWS[0]["prompt"]])
+    write(first, torch.ones_like(first), 1)
+    say("ready", versions=f"transformers {transformers.__version__}, torch {torch.__version__}")
+    for ids, mask in batches:
+        if not wait():
+            return done()
+        start = time.perf_counter()
+        written = write(ids, mask, 48).shape[1] - ids.shape[1]
+        seconds = time.perf_counter() - start
+        say("step", seconds=seconds, **{**read_of(ids, mask), "tokens": BATCH * written})
+    wait()
+    done()
+
+
 class Turns(TrainerCallback):
     """Waits before each of a trainer's steps and reports after it."""
 
@@ -211,7 +250,7 @@ def reward():
     train(make, rows)
 
 
-TASKS = {"forward_backward": forward_backward, "sft": sft, "dpo": dpo, "reward": reward}
+TASKS = {"forward_backward": forward_backward, "generate": generate, "sft": sft, "dpo": dpo, "reward": reward}
 
 if __name__ == "__main__":
     TASKS[work["task"]]()

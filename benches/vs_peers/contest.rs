@@ -6,6 +6,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
 use crate::data::Tokens;
+use crate::roofline::Decoding;
 use crate::worker::{Line, MARK};
 use crate::{Result, Work};
 
@@ -19,6 +20,8 @@ pub(crate) struct Side {
     pub(crate) tokens: i64,
     /// Flops that those steps need, where the side says so.
     pub(crate) flops: Vec<f64>,
+    /// What their decoding needs, where they decode.
+    pub(crate) decoding: Vec<Decoding>,
     /// The process's most resident memory; the most of all rounds.
     pub(crate) peak_mb: f64,
     /// From the start of the process until it could do a step; one a round.
@@ -31,6 +34,8 @@ pub(crate) struct Figures {
     pub(crate) peer: Option<Side>,
     /// Flops a second of the GEMM, after every step that counts.
     pub(crate) gemm_rates: Vec<f64>,
+    /// Bytes a second read from memory, as often.
+    pub(crate) bandwidths: Vec<f64>,
 }
 
 pub(crate) fn run(
@@ -43,6 +48,7 @@ pub(crate) fn run(
         ours: Side::default(),
         peer: python.map(|_| Side::default()),
         gemm_rates: Vec::new(),
+        bandwidths: Vec::new(),
     };
     for round in 0..rounds {
         let mut ours = Process::start("ours", ours(work)?, &mut figures.ours)?;
@@ -65,7 +71,9 @@ pub(crate) fn run(
                 }
             }
             if counts {
-                figures.gemm_rates.push(ours.gemm_rate()?);
+                let (gemm, bandwidth) = ours.rates()?;
+                figures.gemm_rates.push(gemm);
+                figures.bandwidths.push(bandwidth);
             }
             eprintln!(
                 "round {} of {rounds}, step {} of {}",
@@ -145,10 +153,12 @@ impl Process {
                 tokens,
                 id_sum,
                 flops,
+                decoding,
             } => {
                 if let Some(side) = side {
                     side.seconds.push(seconds);
                     side.flops.push(flops);
+                    side.decoding.push(decoding);
                     side.tokens += tokens;
                 }
                 Ok(Tokens { tokens, id_sum })
@@ -157,10 +167,14 @@ impl Process {
         }
     }
 
-    fn gemm_rate(&mut self) -> Result<f64> {
+    /// Flops and bytes a second.
+    fn rates(&mut self) -> Result<(f64, f64)> {
         self.say("gemm")?;
         match self.read()? {
-            Line::Gemm { flops_per_s } => Ok(flops_per_s),
+            Line::Gemm {
+                flops_per_s,
+                bytes_per_s,
+            } => Ok((flops_per_s, bytes_per_s)),
             line => Err(self.unexpected(&line)),
         }
     }

@@ -20,6 +20,7 @@ mod contest;
 mod data;
 mod dpo;
 mod forward_backward;
+mod generate;
 mod models;
 mod report;
 mod reward;
@@ -76,6 +77,8 @@ struct Options {
 enum Task {
     /// Log-probs of both answers to each prompt, and backward; the peer is transformers, padded.
     ForwardBackward,
+    /// Sampled responses of 48 tokens; the peer is transformers' generate, in the same kind.
+    Generate,
     /// A step of supervised fine-tuning on the right answers; the peer is TRL's SFTTrainer.
     Sft,
     /// A step of DPO, the reference's forward pass included; the peer is TRL's DPOTrainer.

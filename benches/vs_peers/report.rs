@@ -5,7 +5,8 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::contest::{Figures, Side};
-use crate::{Dtype, Result, Work};
+use crate::roofline::Decoding;
+use crate::{Dtype, Result, Task, Work};
 
 impl Side {
     pub(crate) fn step_s(&self) -> f64 {
@@ -18,9 +19,16 @@ impl Side {
 }
 
 impl Figures {
-    /// Seconds that the products of a step take at the measured rate.
+    /// Seconds that a step takes at the measured rates: its products, and where it decodes the
+    /// longer of reading the weights and multiplying them.
     fn floor_s(&self) -> f64 {
-        median(&self.ours.flops) / median(&self.gemm_rates)
+        let gemm = median(&self.gemm_rates);
+        let of = |pick: fn(&Decoding) -> f64| {
+            let values: Vec<f64> = self.ours.decoding.iter().map(pick).collect();
+            median(&values)
+        };
+        let reading = of(|d| d.bytes) / median(&self.bandwidths);
+        median(&self.ours.flops) / gemm + reading.max(of(|d| d.flops) / gemm)
     }
 
     fn roofline_share(&self) -> f64 {
@@ -44,6 +52,7 @@ pub(crate) fn print(work: &Work, figures: &Figures) -> Result<()> {
     let ours = &figures.ours;
     let dtype = match work.dtype {
         Dtype::Float32 => "f32",
+        Dtype::Bfloat16 if work.task == Task::Generate => "bf16",
         Dtype::Bfloat16 => "bf16 (the peer: f32 weights under autocast)",
     };
     let task = serde_json::to_value(work.task)?;
@@ -75,10 +84,13 @@ pub(crate) fn print(work: &Work, figures: &Figures) -> Result<()> {
         );
     }
     println!(
-        "\n{:.0} GFLOP a step in {:.3} s at the {:.0} GFLOP/s of its widest layer: {:.0}% of the floor reached",
+        "\n{:.0} GFLOP a step at the {:.0} GFLOP/s of its widest layer, {:.1} GB of weights decoded with at {:.0} GB/s: {:.3} s at \
+         least, {:.0}% of the floor reached",
         median(&ours.flops) / 1e9,
-        figures.floor_s(),
         median(&figures.gemm_rates) / 1e9,
+        ours.decoding.first().map_or(0.0, |d| d.bytes) / 1e9,
+        median(&figures.bandwidths) / 1e9,
+        figures.floor_s(),
         100.0 * figures.roofline_share()
     );
     Ok(())
@@ -99,6 +111,7 @@ pub(crate) fn write(work: &Work, figures: &Figures, path: &Path) -> Result<()> {
         "memory_ratio": peer.map(|p| ours.peak_mb / p.peak_mb),
         "roofline_share": figures.roofline_share(),
         "floor_s": figures.floor_s(),
+        "bandwidth_gb_s": median(&figures.bandwidths) / 1e9,
         "gemm_gflops": median(&figures.gemm_rates) / 1e9,
         "ours_tokens_per_s": ours.tokens_per_s(),
         "peer_tokens_per_s": peer.map(Side::tokens_per_s),

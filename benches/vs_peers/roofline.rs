@@ -4,14 +4,26 @@ use std::time::{Duration, Instant};
 
 use rlhf::core::tch::{Device, Kind, Tensor, no_grad};
 use rlhf::core::{PackedBatch, Parameters, SequenceBatch};
+use serde::{Deserialize, Serialize};
 
 /// The arithmetic of a step in matrix products.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Cost {
     /// Multiplications and additions of the packed layout.
     pub(crate) flops: f64,
+    /// What is computed token by token beside that.
+    pub(crate) decoding: Decoding,
     /// Rows of the largest product, `N`, and the two other dimensions.
     shape: [i64; 3],
+}
+
+/// Steps of decoding: each reads all weights, and multiplies them with one row a sequence.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(crate) struct Decoding {
+    /// Weights read.
+    pub(crate) bytes: f64,
+    /// Multiplications and additions.
+    pub(crate) flops: f64,
 }
 
 /// The sizes of a model that its costs follow from, read off its weights.
@@ -43,6 +55,11 @@ impl Sizes {
         }
     }
 
+    /// Elements of the matrices that every token is multiplied with, the head aside.
+    pub(crate) fn matrices(&self) -> f64 {
+        self.matrices
+    }
+
     /// A forward pass over `batch` and the outputs of `outputs` classes at `rows` of its rows.
     pub(crate) fn forward(&self, batch: &SequenceBatch, rows: usize, outputs: i64) -> Cost {
         let packed = batch.packed(Device::Cpu);
@@ -51,6 +68,7 @@ impl Sizes {
         let head = 2.0 * (rows as i64 * self.hidden * outputs) as f64;
         Cost {
             flops: linear + attention + head,
+            decoding: Decoding::default(),
             shape: [packed.tokens(), self.hidden, self.widest],
         }
     }
@@ -60,6 +78,11 @@ impl Cost {
     /// Forward and backward: a product of the forward pass has two in the backward pass.
     pub(crate) fn trained(self) -> Self {
         self.times(3.0)
+    }
+
+    /// Followed by decoding.
+    pub(crate) fn then(self, decoding: Decoding) -> Self {
+        Self { decoding, ..self }
     }
 
     pub(crate) fn times(self, factor: f64) -> Self {
@@ -96,4 +119,17 @@ pub(crate) fn gemm_rate(cost: Cost, kind: Kind) -> f64 {
         }
     });
     2.0 * (rows * inputs * outputs) as f64 / best
+}
+
+/// Bytes a second of reading 256 MiB: the best of a fifth of a second.
+pub(crate) fn bandwidth() -> f64 {
+    let values = Tensor::ones([64 << 20], (Kind::Float, Device::Cpu));
+    let begin = Instant::now();
+    let mut best = f64::INFINITY;
+    while begin.elapsed() < Duration::from_millis(200) {
+        let start = Instant::now();
+        let _ = values.sum(Kind::Float);
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    (256 << 20) as f64 / best
 }

@@ -10,8 +10,8 @@ use rlhf::core::tch;
 use serde::{Deserialize, Serialize};
 
 use crate::data::Tokens;
-use crate::roofline::{self, Cost};
-use crate::{Result, Task, Work, dpo, forward_backward, reward, sft};
+use crate::roofline::{self, Cost, Decoding};
+use crate::{Result, Task, Work, dpo, forward_backward, generate, reward, sft};
 
 /// What the other process's lines begin with; libraries print lines of their own.
 pub(crate) const MARK: &str = "VS_PEERS ";
@@ -26,7 +26,7 @@ pub(crate) struct Prepared {
     pub(crate) costs: Vec<Cost>,
 }
 
-/// A line of either side. Our side alone gives `flops`, and `gemm_rate` when asked for it.
+/// A line of either side. Our side alone gives `flops` and `decoding`, and the rates when asked for them.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Line {
@@ -39,9 +39,12 @@ pub(crate) enum Line {
         id_sum: i64,
         #[serde(default)]
         flops: f64,
+        #[serde(default)]
+        decoding: Decoding,
     },
     Gemm {
         flops_per_s: f64,
+        bytes_per_s: f64,
     },
     Done {
         peak_mb: f64,
@@ -52,6 +55,7 @@ pub(crate) fn serve(work: &Work) -> Result<()> {
     tch::set_num_threads(work.threads);
     let mut prepared = match work.task {
         Task::ForwardBackward => forward_backward::prepare(work)?,
+        Task::Generate => generate::prepare(work)?,
         Task::Sft => sft::prepare(work)?,
         Task::Dpo => dpo::prepare(work)?,
         Task::Reward => reward::prepare(work)?,
@@ -67,6 +71,7 @@ pub(crate) fn serve(work: &Work) -> Result<()> {
                     prepared.costs[step.max(1) - 1],
                     work.dtype.kind(),
                 ),
+                bytes_per_s: roofline::bandwidth(),
             })?,
             "step" => {
                 let start = Instant::now();
@@ -77,6 +82,7 @@ pub(crate) fn serve(work: &Work) -> Result<()> {
                     tokens,
                     id_sum,
                     flops: prepared.costs[step].flops,
+                    decoding: prepared.costs[step].decoding,
                 })?;
                 step += 1;
             }

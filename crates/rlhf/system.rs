@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rlhf_core::{
-    Completions, Detokenize, GenerationConfig, RewardModel, RngStreams, SamplingConfig, Sequence,
-    SequenceBatch, generate,
+    Completions, GenerationConfig, Generator, RewardModel, RngStreams, SamplingConfig, Sequence,
+    SequenceBatch,
 };
 use rlhf_models::{CausalLm, LoadOptions, ModelConfig, SequenceClassifier, Tokenizer};
 use rlhf_reward::{Normalized, ScoreNormalizer};
@@ -137,10 +137,44 @@ impl RlhfSystem {
     pub fn generate_text(&self, prompt: &str) -> Result<String> {
         let ids = encode(&self.tokenizer, "prompt", prompt)?;
         let index = self.generated.fetch_add(1, Ordering::Relaxed);
-        let prompts = [Arc::from(ids)];
-        let written = generate(&self.policy, &prompts, &self.generation, &self.rng, index)?;
-        let response = &written.batch.sequences()[0].response;
-        Ok(self.tokenizer.detokenize(response)?)
+        let written = self
+            .generator()?
+            .generate(&[Arc::from(ids)], &self.rng, index)?;
+        Ok(written.texts()?[0].response.clone())
+    }
+
+    /// The text of [`generate_text`](Self::generate_text) in pieces, each as soon as it is
+    /// written: whole characters, at least one. Nothing is computed before it is asked for, and
+    /// dropping the iterator ends the writing.
+    ///
+    /// ```no_run
+    /// # let system = rlhf::RlhfSystem::from_pretrained("models/base", "models/reward")?;
+    /// for piece in system.generate_text_stream("Once upon a time")? {
+    ///     print!("{}", piece?);
+    /// }
+    /// # Ok::<(), rlhf::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`generate_text`](Self::generate_text); the models' own from the iterator.
+    pub fn generate_text_stream(
+        &self,
+        prompt: &str,
+    ) -> Result<impl Iterator<Item = Result<String>> + '_> {
+        let ids = encode(&self.tokenizer, "prompt", prompt)?;
+        let index = self.generated.fetch_add(1, Ordering::Relaxed);
+        let pieces = self
+            .generator()?
+            .stream(&[Arc::from(ids)], &self.rng, index)?;
+        Ok(pieces.filter_map(|piece| match piece {
+            Ok(piece) => (!piece.text.is_empty()).then_some(Ok(piece.text)),
+            Err(error) => Some(Err(error.into())),
+        }))
+    }
+
+    fn generator(&self) -> Result<Generator<'_, CausalLm>> {
+        let generator = Generator::new(&self.policy, &self.generation)?;
+        Ok(generator.with_detokenizer(&self.tokenizer))
     }
 
     /// What the reward model thinks of a whole text, prompt and response together.

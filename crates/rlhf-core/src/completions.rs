@@ -8,7 +8,8 @@ use crate::{Error, Result, SequenceBatch};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
-    /// The model wrote a stop token; it is the response's last token.
+    /// The model wrote a stop token, which is the response's last token, or a stop string, which
+    /// its last token completed.
     Stop,
     /// The limit on new tokens was reached.
     Length,
@@ -36,6 +37,9 @@ pub struct Completions {
     /// *after* temperature and filters: one list per sequence, one number per response token.
     /// `None` for responses that were not sampled here.
     pub sampling_logprobs: Option<Vec<Vec<f32>>>,
+    /// Log-probabilities (nats) of the same tokens under the policy's own distribution: before
+    /// penalties, temperature and filters. The same numbers where there are none of these.
+    pub policy_logprobs: Option<Vec<Vec<f32>>>,
 }
 
 impl Completions {
@@ -47,6 +51,7 @@ impl Completions {
             texts: None,
             finish_reasons,
             sampling_logprobs: None,
+            policy_logprobs: None,
         }
     }
 
@@ -94,6 +99,7 @@ impl Completions {
             texts: self.texts.as_ref().map(|t| pick(t, indices)),
             finish_reasons: pick(&self.finish_reasons, indices),
             sampling_logprobs: self.sampling_logprobs.as_ref().map(|l| pick(l, indices)),
+            policy_logprobs: self.policy_logprobs.as_ref().map(|l| pick(l, indices)),
         })
     }
 }

@@ -6,17 +6,22 @@ use tch::Tensor;
 
 use crate::{Error, PaddingSide, Policy, Result, Sequence, SequenceBatch};
 
-/// A batch of sequences that grows by one token per row and step.
+/// A batch of sequences that grows by one token per row and step. Rows come and go: it begins
+/// with none.
 ///
 /// ```text
 /// prefill(prompts) ─► logits ─► sample ─► step(tokens) ─► logits ─► …
-///                                  └─ select(rows): finished rows leave, rows may repeat
+///   └─ new rows join            └─ select(rows): finished rows leave, rows may repeat
 /// ```
 pub trait Decoder {
-    /// Starts with these prompts and returns the logits of each one's next token.
+    /// Rows that there are.
+    fn rows(&self) -> usize;
+
+    /// Adds a row for each of these prompts, after those there are, and returns the logits of each
+    /// new row's next token.
     ///
     /// # Shapes
-    /// `[B, V]` f32.
+    /// `[prompts, V]` f32.
     ///
     /// # Errors
     /// An empty prompt, a prompt that leaves no room for a token, and the model's own.
@@ -25,18 +30,34 @@ pub trait Decoder {
     /// Appends one token to every row and returns the logits of the next.
     ///
     /// # Shapes
-    /// `tokens`: `[B]` i64 on the model's device. Returns `[B, V]` f32.
+    /// `tokens`: one per row. Returns `[B, V]` f32.
     ///
     /// # Errors
     /// A row that outgrows the context window, and the model's own.
-    fn step(&mut self, tokens: &Tensor) -> Result<Tensor>;
+    fn step(&mut self, tokens: &[i64]) -> Result<Tensor>;
 
-    /// Keeps the rows of `rows`, in that order. A row may be named several times: n samples of
-    /// one prompt come from one prefill.
+    /// Keeps the rows of `rows`, in that order; none may be kept. A row may be named several
+    /// times: n samples of one prompt come from one prefill.
     ///
     /// # Errors
     /// The model's own.
     fn select(&mut self, rows: &[usize]) -> Result<()>;
+
+    /// Takes a row back to its first `tokens` tokens. The next token to be appended follows them.
+    ///
+    /// # Errors
+    /// [`Error::LengthMismatch`] for more tokens than the row has.
+    fn rewind(&mut self, row: usize, tokens: usize) -> Result<()>;
+
+    /// Says beforehand that up to `rows` rows of up to `tokens` tokens are to come. The default
+    /// does nothing.
+    ///
+    /// # Errors
+    /// The model's own (out of memory).
+    fn reserve(&mut self, rows: usize, tokens: usize) -> Result<()> {
+        let _ = (rows, tokens); // a cache would be sized by it
+        Ok(())
+    }
 }
 
 /// The decoder of any [`Policy`]: recomputes every sequence at every step.
@@ -55,9 +76,8 @@ impl<'a, P: Policy + ?Sized> RecomputeDecoder<'a, P> {
         }
     }
 
-    fn next_logits(&self) -> Result<Tensor> {
-        let sequences = self
-            .rows
+    fn next_logits(&self, rows: &[Vec<i64>]) -> Result<Tensor> {
+        let sequences = rows
             .iter()
             .map(|r| Sequence::new(r.as_slice(), []))
             .collect();
@@ -82,13 +102,18 @@ impl<'a, P: Policy + ?Sized> RecomputeDecoder<'a, P> {
 }
 
 impl<P: Policy + ?Sized> Decoder for RecomputeDecoder<'_, P> {
-    fn prefill(&mut self, prompts: &[Arc<[i64]>]) -> Result<Tensor> {
-        self.rows = prompts.iter().map(|p| p.to_vec()).collect();
-        self.next_logits()
+    fn rows(&self) -> usize {
+        self.rows.len()
     }
 
-    fn step(&mut self, tokens: &Tensor) -> Result<Tensor> {
-        let tokens = Vec::<i64>::try_from(tokens)?;
+    fn prefill(&mut self, prompts: &[Arc<[i64]>]) -> Result<Tensor> {
+        let new: Vec<Vec<i64>> = prompts.iter().map(|p| p.to_vec()).collect();
+        let logits = self.next_logits(&new)?;
+        self.rows.extend(new);
+        Ok(logits)
+    }
+
+    fn step(&mut self, tokens: &[i64]) -> Result<Tensor> {
         if tokens.len() != self.rows.len() {
             return Err(Error::LengthMismatch {
                 left: "tokens",
@@ -97,14 +122,28 @@ impl<P: Policy + ?Sized> Decoder for RecomputeDecoder<'_, P> {
                 right_len: self.rows.len(),
             });
         }
-        for (row, token) in self.rows.iter_mut().zip(tokens) {
+        for (row, &token) in self.rows.iter_mut().zip(tokens) {
             row.push(token);
         }
-        self.next_logits()
+        self.next_logits(&self.rows)
     }
 
     fn select(&mut self, rows: &[usize]) -> Result<()> {
         self.rows = rows.iter().map(|&r| self.rows[r].clone()).collect();
+        Ok(())
+    }
+
+    fn rewind(&mut self, row: usize, tokens: usize) -> Result<()> {
+        let row = &mut self.rows[row];
+        if tokens > row.len() {
+            return Err(Error::LengthMismatch {
+                left: "the tokens to keep",
+                left_len: tokens,
+                right: "the row",
+                right_len: row.len(),
+            });
+        }
+        row.truncate(tokens);
         Ok(())
     }
 }

@@ -1,14 +1,22 @@
 //! Writing responses to prompts.
 
+mod best_of_n;
+mod rows;
+mod stream;
+mod text;
+
 use std::sync::Arc;
 
-use rand::Rng;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor};
 
-use crate::rng::{ChaCha8Rng, RngStreams};
-use crate::sampling::{Drawn, SamplingConfig, ban_tokens, repetition_penalty};
-use crate::{Completions, Error, FinishReason, Policy, Result, Sequence, SequenceBatch};
+use crate::rng::RngStreams;
+use crate::sampling::SamplingConfig;
+use crate::{Completions, Detokenize, Error, Policy, Result, Sequence, SequenceBatch, Text};
+
+use rows::{Row, Rows};
+
+pub use best_of_n::BestOfN;
+pub use stream::{TextPiece, TextStream};
 
 /// How responses are written.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -23,10 +31,20 @@ pub struct GenerationConfig {
     /// A response ends with the first of these that it writes. Without any, every response has
     /// `max_new_tokens` tokens.
     pub stop_token_ids: Vec<i64>,
+    /// A response also ends where its text comes to hold one of these. Its tokens are kept up to
+    /// the one that completed the string; its text is cut before the string. A string that is
+    /// complete before `min_new_tokens` is passed over. Needs a detokenizer
+    /// ([`Generator::with_detokenizer`]).
+    pub stop_strings: Vec<String>,
     /// Responses to each prompt.
     pub samples_per_prompt: usize,
-    /// Responses written side by side. Changes speed and memory, not what is written.
+    /// Most responses written side by side: as soon as one ends, the next prompt takes its place.
+    /// Changes speed and memory, not what is written.
     pub batch_size: usize,
+    /// Most tokens that a decoder keeps keys and values for: responses side by side, times the
+    /// most tokens that one of them can have, prompt included. Prompts wait where more would be
+    /// needed, down to one response at a time. `None` for no bound but `batch_size`.
+    pub max_cached_tokens: Option<usize>,
 }
 
 impl Default for GenerationConfig {
@@ -39,8 +57,10 @@ impl Default for GenerationConfig {
             min_new_tokens: 0,
             sampling: SamplingConfig::default(),
             stop_token_ids: Vec::new(),
+            stop_strings: Vec::new(),
             samples_per_prompt: 1,
             batch_size: 64,
+            max_cached_tokens: None,
         }
     }
 }
@@ -55,6 +75,10 @@ impl GenerationConfig {
             ("generation.max_new_tokens", self.max_new_tokens),
             ("generation.samples_per_prompt", self.samples_per_prompt),
             ("generation.batch_size", self.batch_size),
+            (
+                "generation.max_cached_tokens",
+                self.max_cached_tokens.unwrap_or(1),
+            ),
         ];
         if let Some((field, value)) = at_least_one.into_iter().find(|(_, value)| *value == 0) {
             return Err(Error::config(field, value, "at least 1 is needed"));
@@ -67,28 +91,19 @@ impl GenerationConfig {
             let reason = "token ids are not negative";
             return Err(Error::config("generation.stop_token_ids", id, reason));
         }
+        if self.stop_strings.iter().any(String::is_empty) {
+            let reason = "every text holds the empty string";
+            return Err(Error::config("generation.stop_strings", "\"\"", reason));
+        }
         self.sampling.validate()
     }
 }
 
-/// Samples responses to `prompts`, without gradients.
-///
-/// The completions are in the order of the prompts; samples of one prompt are adjacent and share
-/// its `Arc`. Neighbouring prompts that are the same `Arc` are also computed once. A response
-/// holds its stop token if it wrote one ([`FinishReason::Stop`]); one that reaches
-/// `max_new_tokens` or the end of the model's context window ends there
-/// ([`FinishReason::Length`]).
-///
-/// Completion `k` draws one number a token from the stream `("generate", first_index + k)` of
-/// `rng`: it depends neither on `batch_size` nor on the other prompts, as far as the model's
-/// own arithmetic does not. A trainer that counts the completions it has asked for and passes
-/// the count as `first_index` never uses a number twice.
+/// Samples responses to `prompts`, without gradients: [`Generator::generate`] without a
+/// detokenizer.
 ///
 /// # Errors
-/// Before anything is computed: [`GenerationConfig::validate`], [`Error::Empty`] without
-/// prompts, [`Error::EmptyPrompt`], and [`Error::TooLong`] for a prompt that leaves no room for a
-/// token, which its length includes (rows count prompts). Later: [`Error::NonFinite`] where a model's logits are not finite
-/// (rows count completions), and the model's own.
+/// Those of [`Generator::new`] and [`Generator::generate`].
 pub fn generate(
     policy: &(impl Policy + ?Sized),
     prompts: &[Arc<[i64]>],
@@ -96,55 +111,142 @@ pub fn generate(
     rng: &RngStreams,
     first_index: u64,
 ) -> Result<Completions> {
-    config.validate()?;
-    check_prompts(prompts, policy.max_length())?;
-    let _no_grad = tch::no_grad_guard();
-    let mut rows: Vec<Row> = prompts
-        .iter()
-        .flat_map(|prompt| std::iter::repeat_n(prompt, config.samples_per_prompt))
-        .enumerate()
-        .map(|(k, prompt)| Row {
-            index: k,
-            rng: rng.stream("generate", first_index + k as u64),
-            limit: config.max_new_tokens.min(
-                policy
-                    .max_length()
-                    .map_or(usize::MAX, |max| max - prompt.len()),
-            ),
-            prompt: prompt.clone(),
-            response: Vec::new(),
-            logprobs: Vec::new(),
-            finish: FinishReason::Length,
+    Generator::new(policy, config)?.generate(prompts, rng, first_index)
+}
+
+/// Writes responses with one policy and one configuration: all at once
+/// ([`generate`](Self::generate)), as they come ([`stream`](Self::stream)), or the best of
+/// several ([`best_of_n`](Self::best_of_n)).
+///
+/// Completion `k` of a call draws one number a token from the stream
+/// `("generate", first_index + k)` of its random streams. What it writes depends on that and on
+/// its prompt, and neither on `batch_size` nor on the other prompts, as far as the model's own
+/// arithmetic does not. A trainer that counts the completions it has asked for and passes the
+/// count as `first_index` never uses a number twice.
+pub struct Generator<'a, P: ?Sized> {
+    policy: &'a P,
+    config: &'a GenerationConfig,
+    detokenizer: Option<&'a dyn Detokenize>,
+}
+
+impl<'a, P: Policy + ?Sized> Generator<'a, P> {
+    /// A generator without a detokenizer.
+    ///
+    /// # Errors
+    /// Those of [`GenerationConfig::validate`].
+    pub fn new(policy: &'a P, config: &'a GenerationConfig) -> Result<Self> {
+        config.validate()?;
+        Ok(Self {
+            policy,
+            config,
+            detokenizer: None,
         })
-        .collect();
-    for chunk in rows.chunks_mut(config.batch_size) {
-        write_chunk(policy, chunk, config)?;
     }
-    completions(rows)
-}
 
-/// A response being written.
-struct Row {
-    index: usize,
-    prompt: Arc<[i64]>,
-    rng: ChaCha8Rng,
-    /// Tokens that it may have.
-    limit: usize,
-    response: Vec<i64>,
-    logprobs: Vec<f32>,
-    finish: FinishReason,
-}
+    /// Attaches texts to the completions, and makes stop strings and streams possible.
+    #[must_use]
+    pub fn with_detokenizer(mut self, detokenizer: &'a dyn Detokenize) -> Self {
+        self.detokenizer = Some(detokenizer);
+        self
+    }
 
-impl Row {
-    /// Appends a token and says whether the response goes on.
-    fn push(&mut self, token: i64, logprob: f32, stop_token_ids: &[i64]) -> bool {
-        self.response.push(token);
-        self.logprobs.push(logprob);
-        if stop_token_ids.contains(&token) {
-            self.finish = FinishReason::Stop;
-            return false;
+    /// Samples responses to `prompts`, without gradients.
+    ///
+    /// The completions are in the order of the prompts; samples of one prompt are adjacent and
+    /// share its `Arc`. Neighbouring prompts that are the same `Arc` are also computed once. A
+    /// response holds its stop token if it wrote one ([`FinishReason::Stop`]); one that reaches
+    /// `max_new_tokens` or the end of the model's context window ends there
+    /// ([`FinishReason::Length`]).
+    ///
+    /// [`FinishReason::Stop`]: crate::FinishReason::Stop
+    /// [`FinishReason::Length`]: crate::FinishReason::Length
+    ///
+    /// # Errors
+    /// Before anything is computed: [`Error::Empty`] without prompts, [`Error::EmptyPrompt`],
+    /// [`Error::TooLong`] for a prompt that leaves no room for a token, which its length includes
+    /// (rows count prompts), [`Error::InvalidConfig`] for stop strings without a detokenizer.
+    /// Later: [`Error::NonFinite`] where a model's logits are not finite (rows count completions),
+    /// the detokenizer's, and the model's own.
+    pub fn generate(
+        &self,
+        prompts: &[Arc<[i64]>],
+        rng: &RngStreams,
+        first_index: u64,
+    ) -> Result<Completions> {
+        let samples = self.config.samples_per_prompt;
+        self.write(prompts, samples, rng, first_index)
+    }
+
+    fn write(
+        &self,
+        prompts: &[Arc<[i64]>],
+        samples: usize,
+        rng: &RngStreams,
+        first_index: u64,
+    ) -> Result<Completions> {
+        let mut rows = self.rows(prompts, samples, rng, first_index)?;
+        let mut done = Vec::with_capacity(prompts.len() * samples);
+        while rows.advance()? {
+            done.append(&mut rows.done);
         }
-        self.response.len() < self.limit
+        done.sort_unstable_by_key(|row| row.index);
+        self.completions(done)
+    }
+
+    /// Rows that wait to be written.
+    fn rows(
+        &self,
+        prompts: &[Arc<[i64]>],
+        samples: usize,
+        rng: &RngStreams,
+        first_index: u64,
+    ) -> Result<Rows<'a>> {
+        let max_length = self.policy.max_length();
+        check_prompts(prompts, max_length)?;
+        if self.detokenizer.is_none() && !self.config.stop_strings.is_empty() {
+            let (field, strings) = ("generation.stop_strings", &self.config.stop_strings);
+            let reason = "a detokenizer is needed: see Generator::with_detokenizer";
+            return Err(Error::config(field, format!("{strings:?}"), reason));
+        }
+        let rows = prompts
+            .iter()
+            .flat_map(|prompt| std::iter::repeat_n(prompt, samples))
+            .enumerate()
+            .map(|(k, prompt)| {
+                let room = max_length.map_or(usize::MAX, |max| max - prompt.len());
+                let limit = self.config.max_new_tokens.min(room);
+                let rng = rng.stream("generate", first_index + k as u64);
+                Row::new(k, prompt.clone(), limit, rng)
+            })
+            .collect();
+        let decoder = self.policy.decoder(self.config.max_new_tokens)?;
+        Rows::new(decoder, self.config.clone(), self.detokenizer, rows)
+    }
+
+    fn completions(&self, rows: Vec<Row>) -> Result<Completions> {
+        let finish_reasons = rows.iter().map(|row| row.finish).collect();
+        let (mut sequences, mut texts) = (Vec::new(), Vec::new());
+        let (mut sampling_logprobs, mut policy_logprobs) = (Vec::new(), Vec::new());
+        for row in rows {
+            if let Some(detokenizer) = self.detokenizer {
+                let response = match row.text.stopped_at() {
+                    Some(cut) => row.text.so_far()[..cut].to_string(),
+                    None => detokenizer.detokenize(&row.response)?,
+                };
+                let prompt = detokenizer.detokenize(&row.prompt)?;
+                texts.push(Text { prompt, response });
+            }
+            sequences.push(Sequence::new(row.prompt, row.response));
+            sampling_logprobs.push(row.sampling_logprobs);
+            policy_logprobs.push(row.policy_logprobs);
+        }
+        Ok(Completions {
+            batch: SequenceBatch::new(sequences)?,
+            texts: self.detokenizer.map(|_| texts),
+            finish_reasons,
+            sampling_logprobs: Some(sampling_logprobs),
+            policy_logprobs: Some(policy_logprobs),
+        })
     }
 }
 
@@ -165,160 +267,4 @@ fn check_prompts(prompts: &[Arc<[i64]>], max_length: Option<usize>) -> Result<()
         }),
         None => Ok(()),
     }
-}
-
-fn write_chunk(
-    policy: &(impl Policy + ?Sized),
-    rows: &mut [Row],
-    config: &GenerationConfig,
-) -> Result<()> {
-    let mut decoder = policy.decoder(config.max_new_tokens)?;
-    let (unique, prompt_of) = shared_prompts(rows);
-    let mut logits = decoder.prefill(&unique)?;
-    check_logits(&logits, unique.len(), &config.stop_token_ids)?;
-    if unique.len() < rows.len() {
-        decoder.select(&prompt_of)?;
-        logits = logits.f_index_select(0, &index(&prompt_of, logits.device()))?;
-    }
-    let device = logits.device();
-    let stops = Tensor::from_slice(&config.stop_token_ids).to_device(device);
-    let mut seen = (config.sampling.repetition_penalty != 1.0)
-        .then(|| Seen::new(rows, logits.size()[1], device));
-    // Positions in `rows` of the decoder's rows.
-    let mut active: Vec<usize> = (0..rows.len()).collect();
-    for length in 0.. {
-        if let Some(seen) = &seen {
-            let penalty = config.sampling.repetition_penalty;
-            logits = repetition_penalty(&logits, &seen.0, penalty);
-        }
-        if length < config.min_new_tokens && !config.stop_token_ids.is_empty() {
-            logits = ban_tokens(&logits, &stops);
-        }
-        let uniforms: Vec<f64> = active.iter().map(|&r| rows[r].rng.random()).collect();
-        let drawn = config
-            .sampling
-            .choose(&config.sampling.warp(&logits), &uniforms)?;
-        let mut going_on = Vec::with_capacity(active.len());
-        for (place, (token, logprob)) in to_host(&drawn)?.into_iter().enumerate() {
-            let row = &mut rows[active[place]];
-            if !logprob.is_finite() {
-                return Err(Error::NonFinite {
-                    what: "the log-probability of a sampled token",
-                    row: row.index,
-                    value: logprob.into(),
-                });
-            }
-            if row.push(token, logprob, &config.stop_token_ids) {
-                going_on.push(place);
-            }
-        }
-        if going_on.is_empty() {
-            break;
-        }
-        let mut tokens = drawn.tokens;
-        if let Some(seen) = &mut seen {
-            seen.mark(&tokens);
-        }
-        if going_on.len() < active.len() {
-            let kept = index(&going_on, device);
-            decoder.select(&going_on)?;
-            tokens = tokens.f_index_select(0, &kept)?;
-            if let Some(seen) = &mut seen {
-                seen.0 = seen.0.f_index_select(0, &kept)?;
-            }
-            active = going_on.iter().map(|&place| active[place]).collect();
-        }
-        logits = decoder.step(&tokens)?;
-    }
-    Ok(())
-}
-
-/// Which tokens each row holds: `[B, V]` bool.
-struct Seen(Tensor);
-
-impl Seen {
-    fn new(rows: &[Row], vocab: i64, device: Device) -> Self {
-        let seen = Tensor::zeros([rows.len() as i64, vocab], (Kind::Bool, device));
-        for (i, row) in rows.iter().enumerate() {
-            let ids = Tensor::from_slice(&row.prompt).to_device(device);
-            let _ = seen.get(i as i64).index_fill_(0, &ids, 1);
-        }
-        Self(seen)
-    }
-
-    fn mark(&mut self, tokens: &Tensor) {
-        let _ = self.0.scatter_value_(1, &tokens.unsqueeze(-1), 1);
-    }
-}
-
-/// The distinct prompts of neighbouring rows, and which of them each row has.
-fn shared_prompts(rows: &[Row]) -> (Vec<Arc<[i64]>>, Vec<usize>) {
-    let mut unique: Vec<Arc<[i64]>> = Vec::new();
-    let prompt_of = rows
-        .iter()
-        .map(|row| {
-            if !unique.last().is_some_and(|p| Arc::ptr_eq(p, &row.prompt)) {
-                unique.push(row.prompt.clone());
-            }
-            unique.len() - 1
-        })
-        .collect();
-    (unique, prompt_of)
-}
-
-fn check_logits(logits: &Tensor, rows: usize, stop_token_ids: &[i64]) -> Result<()> {
-    let size = logits.size();
-    if size.len() != 2 || size[0] != rows as i64 {
-        return Err(Error::ShapeMismatch {
-            left: "the decoder's logits",
-            left_shape: size,
-            right: "its rows [B, V]",
-            right_shape: vec![rows as i64, -1],
-        });
-    }
-    match stop_token_ids.iter().find(|id| **id >= size[1]) {
-        Some(id) => Err(Error::config(
-            "generation.stop_token_ids",
-            id,
-            "the model's vocabulary has no such token",
-        )),
-        None => Ok(()),
-    }
-}
-
-/// Tokens and log-probs in one copy: the only wait for the device a token costs. f64 holds both
-/// without rounding.
-fn to_host(drawn: &Drawn) -> Result<Vec<(i64, f32)>> {
-    let both = Tensor::f_stack(
-        &[
-            drawn.tokens.to_kind(Kind::Double),
-            drawn.logprobs.to_kind(Kind::Double),
-        ],
-        1,
-    )?;
-    let both = Vec::<f64>::try_from(both.f_to_device(Device::Cpu)?.view(-1))?;
-    Ok(both
-        .chunks_exact(2)
-        .map(|pair| (pair[0] as i64, pair[1] as f32))
-        .collect())
-}
-
-fn index(rows: &[usize], device: Device) -> Tensor {
-    let rows: Vec<i64> = rows.iter().map(|&r| r as i64).collect();
-    Tensor::from_slice(&rows).to_device(device)
-}
-
-fn completions(rows: Vec<Row>) -> Result<Completions> {
-    let finish_reasons = rows.iter().map(|row| row.finish).collect();
-    let (mut sequences, mut logprobs) = (Vec::new(), Vec::new());
-    for row in rows {
-        sequences.push(Sequence::new(row.prompt, row.response));
-        logprobs.push(row.logprobs);
-    }
-    Ok(Completions {
-        batch: SequenceBatch::new(sequences)?,
-        texts: None,
-        finish_reasons,
-        sampling_logprobs: Some(logprobs),
-    })
 }

@@ -55,7 +55,7 @@
 //! |---|---|
 //! | models | [`Policy`], [`ValueModel`], [`RewardModel`], [`ConstraintModel`], [`Decoder`]; [`reward_fn`] and [`constraint_fn`] make closures into models |
 //! | batches | [`Sequence`], [`SequenceBatch`] (ragged), [`PaddedBatch`] (`[B, T]`), [`PackedBatch`] (`[N]`, shared prompts once), [`PreferenceBatch`], [`Completions`] |
-//! | writing responses | [`generate()`], [`GenerationConfig`], [`sampling`], [`RngStreams`] |
+//! | writing responses | [`generate()`], [`Generator`] (streams, best of n), [`GenerationConfig`], [`sampling`], [`RngStreams`] |
 //! | arithmetic | [`gather_logprobs`], [`masked_mean`], [`masked_whiten`] and their neighbours |
 //! | runs | [`train_epochs`], [`DataCursor`], [`CheckpointStore`], [`Observer`], [`Stats`] |
 //!
@@ -106,7 +106,7 @@ pub use cursor::{DataCursor, DataOrder};
 pub use decoder::{Decoder, RecomputeDecoder};
 pub use epochs::{CheckpointConfig, EpochConfig, EpochTrainer, train_epochs};
 pub use error::{Error, Result, check_same_shape};
-pub use generate::{GenerationConfig, generate};
+pub use generate::{BestOfN, GenerationConfig, Generator, TextPiece, TextStream, generate};
 pub use judge::{
     ConstraintFn, ConstraintModel, RewardFn, RewardModel, Scorer, ValueModel, constraint_fn,
     reward_fn,

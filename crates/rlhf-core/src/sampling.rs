@@ -6,7 +6,7 @@
 //! be drawn.
 
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result, gather_logprobs};
 
@@ -142,21 +142,46 @@ pub struct Drawn {
     pub logprobs: Tensor,
 }
 
-/// Makes the tokens that `seen` marks less likely (`penalty > 1`) or likelier (`penalty < 1`).
+/// Makes the tokens that a row holds less likely (`penalty > 1`) or likelier (`penalty < 1`).
 ///
 /// # Shapes
-/// `logits`: `[B, V]` f32; `seen`: `[B, V]` bool.
-pub fn repetition_penalty(logits: &Tensor, seen: &Tensor, penalty: f64) -> Tensor {
-    let penalised = (logits * penalty).where_self(&logits.lt(0.0), &(logits / penalty));
-    penalised.where_self(seen, logits)
+/// `logits`: `[B, V]` f32; `seen`: the ids that each row holds, each in `0..V`, repeated or not.
+///
+/// # Errors
+/// libtorch's own.
+pub fn repetition_penalty(logits: &Tensor, seen: &[Vec<i64>], penalty: f64) -> Result<Tensor> {
+    let vocab = logits.size()[1];
+    let cells: Vec<i64> = (0..)
+        .zip(seen)
+        .flat_map(|(row, ids)| ids.iter().map(move |id| row * vocab + id))
+        .collect();
+    let cells = Tensor::from_slice(&cells).f_to_device(logits.device())?;
+    let flat = logits.f_reshape(-1)?;
+    let before = flat.f_index_select(0, &cells)?;
+    let after = before
+        .f_mul_scalar(penalty)?
+        .f_where_self(&before.f_lt(0.0)?, &before.f_div_scalar(penalty)?)?;
+    Ok(flat.f_index_copy(0, &cells, &after)?.f_view_as(logits)?)
 }
 
-/// Forbids the tokens of `ids` in every row.
+/// Forbids the tokens of `ids` in each of `rows`.
 ///
 /// # Shapes
-/// `logits`: `[B, V]` f32; `ids`: `[K]` i64, each in `0..V`, on the same device.
-pub fn ban_tokens(logits: &Tensor, ids: &Tensor) -> Tensor {
-    logits.index_fill(1, ids, f64::NEG_INFINITY)
+/// `logits`: `[B, V]` f32; `rows`: each in `0..B`; `ids`: each in `0..V`.
+///
+/// # Errors
+/// libtorch's own.
+pub fn ban_tokens(logits: &Tensor, rows: &[usize], ids: &[i64]) -> Result<Tensor> {
+    let vocab = logits.size()[1];
+    let cells: Vec<i64> = rows
+        .iter()
+        .flat_map(|&row| ids.iter().map(move |id| row as i64 * vocab + id))
+        .collect();
+    let cells = Tensor::from_slice(&cells).f_to_device(logits.device())?;
+    let flat = logits.f_reshape(-1)?;
+    Ok(flat
+        .f_index_fill(0, &cells, f64::NEG_INFINITY)?
+        .f_view_as(logits)?)
 }
 
 /// Keeps the `k` likeliest tokens of each row and those that tie with the last of them.
@@ -230,23 +255,83 @@ pub fn draw(logits: &Tensor, uniforms: &[f64]) -> Result<Drawn> {
             right_len: rows as usize,
         });
     }
-    // Summed in f64: in f32 the tail of a large vocabulary would round away.
-    let cumulative = logits
-        .f_softmax(-1, Kind::Float)?
-        .f_cumsum(-1, Kind::Double)?;
     // Largest number whose product with any total stays below the total after rounding.
     let below_one = 1.0 - f64::EPSILON;
     let uniforms: Vec<f64> = uniforms.iter().map(|u| u.clamp(0.0, below_one)).collect();
+    let best = logits.f_amax([-1i64].as_slice(), true)?;
+    let weights = logits.f_sub(&best)?.f_exp()?;
+    if weights.device() == Device::Cpu {
+        draw_on_host(&weights, &uniforms)
+    } else {
+        draw_on_device(logits, &weights, &uniforms)
+    }
+}
+
+/// One pass over the weights instead of three: sums of blocks, then the block, then the token.
+fn draw_on_host(weights: &Tensor, uniforms: &[f64]) -> Result<Drawn> {
+    const BLOCK: usize = 512;
+    let vocab = weights.size()[1] as usize;
+    let mut host = vec![0f32; uniforms.len() * vocab];
+    let count = host.len();
+    weights.f_contiguous()?.f_copy_data(&mut host, count)?;
+    let (mut tokens, mut logprobs) = (Vec::new(), Vec::new());
+    for (row, &uniform) in host.chunks_exact(vocab.max(1)).zip(uniforms) {
+        let sums: Vec<f64> = row.chunks(BLOCK).map(sum).collect();
+        let total: f64 = sums.iter().sum();
+        let target = uniform * total;
+        let (mut below, mut start) = (0.0, 0);
+        // The last block with any weight takes what rounding leaves over.
+        for (block, sum) in sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
+            start = block * BLOCK;
+            if below + sum > target {
+                break;
+            }
+            below += sum;
+        }
+        let mut token = start;
+        let block = &row[start..vocab.min(start + BLOCK)];
+        for (place, &weight) in block.iter().enumerate().filter(|(_, w)| **w > 0.0) {
+            token = start + place;
+            below += f64::from(weight);
+            if below > target {
+                break;
+            }
+        }
+        tokens.push(token as i64);
+        logprobs.push((f64::from(row[token]) / total).ln() as f32);
+    }
+    Ok(Drawn {
+        tokens: Tensor::from_slice(&tokens),
+        logprobs: Tensor::from_slice(&logprobs),
+    })
+}
+
+/// Summed in f64: in f32 the tail of a large vocabulary would round away. Several sums at once, so
+/// that the additions do not wait for each other.
+fn sum(values: &[f32]) -> f64 {
+    let mut sums = [0f64; 16];
+    let chunks = values.chunks_exact(16);
+    let rest: f64 = chunks.remainder().iter().map(|&v| f64::from(v)).sum();
+    for chunk in chunks {
+        for (sum, &value) in sums.iter_mut().zip(chunk) {
+            *sum += f64::from(value);
+        }
+    }
+    sums.iter().sum::<f64>() + rest
+}
+
+fn draw_on_device(logits: &Tensor, weights: &Tensor, uniforms: &[f64]) -> Result<Drawn> {
+    let cumulative = weights.f_cumsum(-1, Kind::Double)?;
     let total = cumulative.narrow(-1, -1, 1);
-    let target = Tensor::from_slice(&uniforms)
-        .to_device(logits.device())
+    let target = Tensor::from_slice(uniforms)
+        .f_to_device(logits.device())?
         .unsqueeze(-1)
-        * total;
+        .f_mul(&total)?;
     let tokens = target
         .f_searchsorted(&cumulative, false, true, "right", None::<Tensor>)?
         .squeeze_dim(-1)
         // Only a row without a distribution (NaN) runs past the end; its log-prob says so.
-        .clamp_max(size[1] - 1);
+        .clamp_max(logits.size()[1] - 1);
     let logprobs = gather_logprobs(logits, &tokens);
     Ok(Drawn { tokens, logprobs })
 }
@@ -285,6 +370,24 @@ mod tests {
         let row = Tensor::from_slice(&[0.0f32, -20.0]).unsqueeze(0); // e^-20 = 2e-9
         assert_eq!(tokens(&row, &[1.0 - 1e-9]), [1]);
         assert_eq!(tokens(&row, &[1.0 - 3e-9]), [0]);
+    }
+
+    #[test]
+    fn host_and_device_draw_alike() {
+        let logits = Tensor::arange(3 * 1700, (Kind::Float, Device::Cpu))
+            .f_mul_scalar(1.3)
+            .unwrap()
+            .sin()
+            .view([3, 1700])
+            * 4.0;
+        let weights = (&logits - logits.amax([-1i64].as_slice(), true)).exp();
+        for step in 0..200 {
+            let uniforms = [0.0, 0.33, 0.66].map(|u| u + f64::from(step) / 600.0);
+            let host = draw_on_host(&weights, &uniforms).unwrap();
+            let device = draw_on_device(&logits, &weights, &uniforms).unwrap();
+            assert!(host.tokens.equal(&device.tokens), "{uniforms:?}");
+            assert!(host.logprobs.allclose(&device.logprobs, 0.0, 1e-5, false));
+        }
     }
 
     #[test]

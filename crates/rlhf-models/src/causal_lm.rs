@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::Head;
 use crate::decoder::CachedDecoder;
+use crate::layers::linear;
 use crate::lora::{CAUSAL_LM, Rebuild};
 use crate::trunk::{Model, Trunk};
 use crate::weights::{Builder, Init, WeightMap};
@@ -165,7 +166,7 @@ impl CausalLm {
     /// libtorch's.
     pub fn logits_of(&self, hidden: &Tensor) -> rlhf_core::Result<Tensor> {
         let LmHead { weight, softcap } = &self.model.head;
-        let logits = hidden.f_linear(weight, None::<&Tensor>)?;
+        let logits = linear(hidden, weight, None)?;
         Ok(match softcap {
             Some(cap) => logits.f_div_scalar(*cap)?.f_tanh()?.f_mul_scalar(*cap)?,
             None => logits,

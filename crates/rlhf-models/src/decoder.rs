@@ -12,16 +12,17 @@ use crate::kv_cache::{KvCache, PrefillAttention, StepAttention};
 /// The [`Decoder`] of a [`CausalLm`]: every token is computed once. No gradients are recorded.
 pub(crate) struct CachedDecoder<'a> {
     model: &'a CausalLm,
-    max_new_tokens: usize,
+    max_new_tokens: i64,
     cache: KvCache,
 }
 
 impl<'a> CachedDecoder<'a> {
     pub(crate) fn new(model: &'a CausalLm, max_new_tokens: usize) -> Self {
+        let max_length = model.config().max_length();
         Self {
             model,
-            max_new_tokens,
-            cache: KvCache::new(&[], 0),
+            max_new_tokens: max_new_tokens.min(max_length) as i64,
+            cache: KvCache::default(),
         }
     }
 
@@ -41,9 +42,25 @@ impl<'a> CachedDecoder<'a> {
             None => Ok(()),
         }
     }
+
+    fn check_row(&self, row: usize) -> Result<()> {
+        if row < self.cache.rows() {
+            return Ok(());
+        }
+        Err(Error::LengthMismatch {
+            left: "the rows up to the one selected",
+            left_len: row + 1,
+            right: "the decoder's rows",
+            right_len: self.cache.rows(),
+        })
+    }
 }
 
 impl Decoder for CachedDecoder<'_> {
+    fn rows(&self) -> usize {
+        self.cache.rows()
+    }
+
     fn prefill(&mut self, prompts: &[Arc<[i64]>]) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
         let sequences = prompts
@@ -54,62 +71,79 @@ impl Decoder for CachedDecoder<'_> {
         batch.check_vocabulary(self.model.config().vocab_size())?;
         let lengths: Vec<i64> = prompts.iter().map(|p| p.len() as i64).collect();
         self.check_room(&lengths)?;
+        let max_length = self.model.config().max_length() as i64;
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let rows = self.cache.rows() + prompts.len();
+        let tokens = (longest + self.max_new_tokens).min(max_length);
+        self.cache.reserve(rows, tokens)?;
         let device = self.model.model.device();
         let packed = batch.packed_apart(device);
-        let mut cache = KvCache::new(&lengths, self.max_new_tokens as i64);
         let segments = SegmentAttention::new(&packed.segments, device)?;
         let hidden = self.model.model.trunk.forward(
             &packed.input_ids,
             &packed.position_ids,
-            &mut PrefillAttention::new(&mut cache, segments),
+            &mut PrefillAttention::new(&mut self.cache, &packed.prompts, segments),
         )?;
-        self.cache = cache;
-        self.logits(&hidden.f_index_select(0, &packed.last_rows())?)
+        let logits = self.logits(&hidden.f_index_select(0, &packed.last_rows())?)?;
+        self.cache.add(&lengths);
+        Ok(logits)
     }
 
-    fn step(&mut self, tokens: &Tensor) -> Result<Tensor> {
+    fn step(&mut self, tokens: &[i64]) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
         let rows = self.cache.rows();
-        if tokens.size() != [rows as i64] {
-            return Err(Error::ShapeMismatch {
+        if tokens.len() != rows {
+            return Err(Error::LengthMismatch {
                 left: "tokens",
-                left_shape: tokens.size(),
+                left_len: tokens.len(),
                 right: "the decoder's rows",
-                right_shape: vec![rows as i64],
+                right_len: rows,
             });
         }
         // A row's next position is the number of tokens it has.
         let lengths = self.cache.lengths();
-        self.check_room(&lengths)?;
-        if self.cache.is_full() {
-            return Err(Error::config(
-                "max_new_tokens",
-                self.max_new_tokens,
-                "the decoder was made for no more tokens than that",
-            ));
-        }
+        self.check_room(lengths)?;
         let device = self.model.model.device();
-        let positions = Tensor::from_slice(&lengths).to_device(device);
+        let positions = Tensor::from_slice(lengths).f_to_device(device)?;
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        // In steps of 64 where nobody said how long rows would be.
+        if longest + 1 > self.cache.columns() {
+            self.cache.reserve(rows, (longest / 64 + 1) * 64)?;
+        }
         let hidden = self.model.model.trunk.forward(
-            tokens,
+            &Tensor::from_slice(tokens).f_to_device(device)?,
             &positions,
             &mut StepAttention::new(&mut self.cache, device),
         )?;
+        let logits = self.logits(&hidden)?;
         self.cache.advance();
-        self.logits(&hidden)
+        Ok(logits)
     }
 
     fn select(&mut self, rows: &[usize]) -> Result<()> {
         let _guard = tch::no_grad_guard();
-        let known = self.cache.rows();
-        if let Some(&row) = rows.iter().find(|&&row| row >= known) {
+        rows.iter().try_for_each(|&row| self.check_row(row))?;
+        self.cache.select(rows)
+    }
+
+    fn rewind(&mut self, row: usize, tokens: usize) -> Result<()> {
+        self.check_row(row)?;
+        let length = self.cache.lengths()[row] as usize;
+        if tokens > length {
             return Err(Error::LengthMismatch {
-                left: "the rows up to the one selected",
-                left_len: row + 1,
-                right: "the decoder's rows",
-                right_len: known,
+                left: "the tokens to keep",
+                left_len: tokens,
+                right: "the row",
+                right_len: length,
             });
         }
-        self.cache.select(rows)
+        self.cache.rewind(row, tokens);
+        Ok(())
+    }
+
+    fn reserve(&mut self, rows: usize, tokens: usize) -> Result<()> {
+        let _guard = tch::no_grad_guard();
+        let max_length = self.model.config().max_length();
+        self.cache.reserve(rows, tokens.min(max_length) as i64)
     }
 }

@@ -1,6 +1,7 @@
 //! Layers that several architectures are made of.
 
 use rlhf_core::Result;
+use rlhf_scale::kernels;
 use tch::{Kind, Tensor};
 
 use crate::lora::Adapter;
@@ -59,7 +60,7 @@ impl Linear {
     /// `[N, in]` to `[N, out]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let output = match (self.layout, &self.bias) {
-            (Layout::OutIn, bias) => x.f_linear(&self.weight, bias.as_ref())?,
+            (Layout::OutIn, bias) => linear(x, &self.weight, bias.as_ref())?,
             (Layout::InOut, Some(bias)) => bias.f_addmm(x, &self.weight)?,
             (Layout::InOut, None) => x.f_matmul(&self.weight)?,
         };
@@ -67,6 +68,14 @@ impl Linear {
             Some(adapter) => adapter.add_to(output, x),
             None => Ok(output),
         }
+    }
+}
+
+/// [`Tensor::f_linear`], by a kernel of its own where there are few rows, as in decoding.
+pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    match kernels::linear(x, weight, bias).map_err(rlhf_core::Error::from)? {
+        Some(y) => Ok(y),
+        None => Ok(x.f_linear(weight, bias)?),
     }
 }
 
@@ -151,6 +160,12 @@ impl RmsNorm {
 
     /// The mean square is taken in f32 whatever the model's kind, as transformers does.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if self.scale == RmsScale::Weight {
+            let few = kernels::rms_norm(x, &self.weight, self.epsilon);
+            if let Some(y) = few.map_err(rlhf_core::Error::from)? {
+                return Ok(y);
+            }
+        }
         let wide = x.f_to_kind(Kind::Float)?;
         let mean = wide
             .f_square()?

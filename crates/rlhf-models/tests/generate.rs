@@ -123,33 +123,133 @@ fn recomputed(model: &CausalLm, rows: &[Vec<i64>]) -> Tensor {
     logits.i((.., padded.width() - 1))
 }
 
+/// What the rows of a decoder hold, kept in step with it.
+struct Checked<'a> {
+    model: &'a CausalLm,
+    decoder: Box<dyn Decoder + 'a>,
+    rows: Vec<Vec<i64>>,
+}
+
+impl<'a> Checked<'a> {
+    fn new(model: &'a CausalLm) -> Self {
+        Self {
+            model,
+            decoder: model.decoder(8).unwrap(),
+            rows: Vec::new(),
+        }
+    }
+
+    fn check(&self, when: &str, rows: &[Vec<i64>], logits: &Tensor) {
+        assert_eq!(logits.kind(), Kind::Float);
+        assert_eq!(self.decoder.rows(), self.rows.len());
+        assert_close(when, logits, &recomputed(self.model, rows), 1e-5);
+    }
+
+    fn prefill(&mut self, prompts: &[Vec<i64>]) {
+        let shared: Vec<Arc<[i64]>> = prompts.iter().map(|p| p.as_slice().into()).collect();
+        let logits = self.decoder.prefill(&shared).unwrap();
+        self.rows.extend_from_slice(prompts);
+        self.check("prefill", prompts, &logits);
+    }
+
+    fn step(&mut self, tokens: &[i64]) {
+        self.rows
+            .iter_mut()
+            .zip(tokens)
+            .for_each(|(row, id)| row.push(*id));
+        let logits = self.decoder.step(tokens).unwrap();
+        self.check("step", &self.rows, &logits);
+    }
+
+    fn select(&mut self, rows: &[usize]) {
+        self.decoder.select(rows).unwrap();
+        self.rows = rows.iter().map(|&row| self.rows[row].clone()).collect();
+    }
+
+    fn rewind(&mut self, row: usize, tokens: usize) {
+        self.decoder.rewind(row, tokens).unwrap();
+        self.rows[row].truncate(tokens);
+    }
+}
+
 #[test]
-fn cached_logits_equal_recomputed_ones_for_ragged_prompts() {
+fn cached_logits_equal_recomputed_ones_whoever_comes_and_goes() {
     for name in ["gpt2", "gpt_neox", "llama", "mistral", "qwen3", "gemma2"] {
         let model = load(name);
-        let mut rows = vec![vec![5, 6, 7, 8, 9], vec![40], vec![11, 12, 13]];
-        let prompts: Vec<Arc<[i64]>> = rows.iter().map(|r| r.as_slice().into()).collect();
-        let mut decoder = model.decoder(8).unwrap();
-        let check = |rows: &[Vec<i64>], logits: &Tensor, when: &str| {
-            assert_eq!(logits.kind(), Kind::Float);
-            assert_close(when, logits, &recomputed(&model, rows), 1e-5);
+        let mut rows = Checked::new(&model);
+        rows.prefill(&[vec![5, 6, 7, 8, 9], vec![40], vec![11, 12, 13]]);
+        rows.step(&[100, 200, 300]);
+        // The first is gone, the last takes its place and is there twice.
+        rows.select(&[2, 1, 2]);
+        rows.step(&[400, 500, 600]);
+        rows.select(&[1, 0]); // nothing can be moved before something is lost
+        rows.step(&[1, 2]);
+        // Two join, one of them longer than anything before.
+        rows.prefill(&[(3..30).collect(), vec![9]]);
+        rows.step(&[7, 8, 9, 10]);
+        rows.rewind(2, 20);
+        rows.step(&[11, 12, 13, 14]);
+        rows.select(&[3]);
+        rows.step(&[15]);
+        rows.select(&[]);
+        rows.prefill(&[vec![1, 2]]);
+        rows.step(&[3]);
+    }
+}
+
+/// Every path through the decoder gives a row the logits that it would have alone.
+#[test]
+fn samples_do_not_depend_on_their_neighbours() {
+    for name in ["gpt2", "llama"] {
+        let model = load(name);
+        let prompts: Vec<Arc<[i64]>> = (0..7i64)
+            .map(|k| (k * 50..k * 50 + 1 + 4 * (k % 4)).collect())
+            .collect();
+        let config = |batch_size, max_cached_tokens| GenerationConfig {
+            max_new_tokens: 12,
+            stop_token_ids: (0..40).collect(),
+            samples_per_prompt: 3,
+            batch_size,
+            max_cached_tokens,
+            ..GenerationConfig::default()
         };
-        let step = |decoder: &mut Box<dyn Decoder + '_>, rows: &mut Vec<Vec<i64>>, t: &[i64]| {
-            rows.iter_mut().zip(t).for_each(|(row, id)| row.push(*id));
-            decoder.step(&Tensor::from_slice(t)).unwrap()
-        };
-        check(&rows, &decoder.prefill(&prompts).unwrap(), "prefill");
-        let logits = step(&mut decoder, &mut rows, &[100, 200, 300]);
-        check(&rows, &logits, "step");
-        // Repeat a row and drop the longest: the columns that only it used go away.
-        decoder.select(&[2, 1, 2]).unwrap();
-        rows = vec![rows[2].clone(), rows[1].clone(), rows[2].clone()];
-        let logits = step(&mut decoder, &mut rows, &[400, 500, 600]);
-        check(&rows, &logits, "step after select");
-        decoder.select(&[1]).unwrap();
-        rows = vec![rows[1].clone()];
-        let logits = step(&mut decoder, &mut rows, &[700]);
-        check(&rows, &logits, "step of one row");
+        let rng = RngStreams::new(3);
+        let all = generate(&model, &prompts, &config(64, None), &rng, 0).unwrap();
+        let lengths = all.batch.sequences().iter().map(|s| s.response.len());
+        assert!(lengths.clone().min() < lengths.max(), "some leave early");
+        for (batch_size, cached) in [(1, None), (2, None), (5, None), (8, Some(100))] {
+            let config = config(batch_size, cached);
+            let again = generate(&model, &prompts, &config, &rng, 0).unwrap();
+            assert_eq!(again.batch, all.batch, "{name}, {batch_size} side by side");
+        }
+        for (k, prompt) in prompts.iter().enumerate() {
+            let first = 3 * k as u64;
+            let alone = generate(&model, &[prompt.clone()], &config(1, None), &rng, first).unwrap();
+            let among = &all.batch.sequences()[3 * k..3 * k + 3];
+            assert_eq!(alone.batch.sequences(), among, "{name}, prompt {k}");
+        }
+    }
+}
+
+/// The kernels for few rows, and libtorch for many: bf16 rounds differently in each.
+#[test]
+fn bf16_decoding_is_near_f32_decoding() {
+    let options = LoadOptions {
+        kind: Some(Kind::BFloat16),
+        ..LoadOptions::default()
+    };
+    for name in ["gpt2", "llama"] {
+        let narrow = CausalLm::from_pretrained(model_dir(name), &options).unwrap();
+        let wide = load(name);
+        let prompts: [Arc<[i64]>; 2] = [[5, 6, 7].into(), [8].into()];
+        let (mut a, mut b) = (wide.decoder(8).unwrap(), narrow.decoder(8).unwrap());
+        let _ = a.prefill(&prompts).unwrap();
+        let _ = b.prefill(&prompts).unwrap();
+        for token in 20..26 {
+            let (x, y) = (a.step(&[token; 2]).unwrap(), b.step(&[token; 2]).unwrap());
+            let scale = x.abs().max().double_value(&[]);
+            assert_close(name, &y, &x, 0.03 * scale);
+        }
     }
 }
 
@@ -159,9 +259,8 @@ fn rows_that_outgrow_the_context_are_an_error() {
     let long: Arc<[i64]> = vec![3; 63].into();
     let mut decoder = model.decoder(8).unwrap();
     let _ = decoder.prefill(&[[3].into(), long]).unwrap();
-    let tokens = Tensor::from_slice(&[4i64, 4]);
-    let _ = decoder.step(&tokens).unwrap();
-    let error = decoder.step(&tokens).unwrap_err();
+    let _ = decoder.step(&[4, 4]).unwrap();
+    let error = decoder.step(&[4, 4]).unwrap_err();
     assert!(
         matches!(
             error,
@@ -175,11 +274,16 @@ fn rows_that_outgrow_the_context_are_an_error() {
     );
     // The short row alone goes on.
     decoder.select(&[0]).unwrap();
-    let _ = decoder.step(&Tensor::from_slice(&[4i64])).unwrap();
+    let _ = decoder.step(&[4]).unwrap();
     let full: Arc<[i64]> = vec![3; 64].into();
     assert!(matches!(
         decoder.prefill(&[full]),
         Err(Error::TooLong { .. })
     ));
     assert!(matches!(decoder.prefill(&[]), Err(Error::Empty { .. })));
+    assert!(matches!(
+        decoder.rewind(0, 4),
+        Err(Error::LengthMismatch { right_len: 3, .. })
+    ));
+    assert!(decoder.rewind(1, 0).is_err() && decoder.select(&[1]).is_err());
 }

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rlhf_core::{
-    Completions, DataCursor, Detokenize, Policy, RewardModel, RngStreams, Shift, Stats, ValueModel,
-    generate, joined_parameters,
+    Completions, DataCursor, Detokenize, Generator, Policy, RewardModel, RngStreams, Shift, Stats,
+    ValueModel, joined_parameters,
 };
 use rlhf_scale::Updater;
 use tch::Tensor;
@@ -111,14 +111,18 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
     /// Samples responses to `prompts` and evaluates them.
     ///
     /// # Errors
-    /// Those of [`generate`] (no prompt at all, for one) and of [`evaluate`](Self::evaluate).
+    /// Those of [`Generator::generate`] (no prompt at all, for one) and of [`evaluate`](Self::evaluate).
     /// Nothing is changed then.
     pub fn rollout(&mut self, prompts: &[Arc<[i64]>]) -> Result<Rollout> {
         // 1. The policy answers the prompts.
         let rng = RngStreams::new(self.config.seed);
         let first = self.completions_done;
         let generation = &self.config.generation;
-        let completions = generate(&self.policy, prompts, generation, &rng, first)?;
+        let mut generator = Generator::new(&self.policy, generation)?;
+        if let Some(detokenizer) = &self.detokenizer {
+            generator = generator.with_detokenizer(detokenizer.as_ref());
+        }
+        let completions = generator.generate(prompts, &rng, first)?;
         let count = completions.batch.len() as u64;
         let rollout = self.evaluate(completions)?;
         self.completions_done += count;

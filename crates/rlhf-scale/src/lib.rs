@@ -62,6 +62,7 @@ pub use config::{AdamWConfig, DecayRule, UpdateConfig};
 pub use ema::{AppliedEma, Ema, EmaConfig};
 pub use error::{Error, Result};
 pub use ffi::autograd::grad_enabled;
+pub use ffi::kernels;
 pub use ffi::tensor_from_owner;
 pub use gradients::{Norm, backward, clear_grads, clip_grad_norm, clip_grad_norm_of, set_grad};
 pub use io::TensorProblem;
