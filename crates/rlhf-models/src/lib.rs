@@ -72,6 +72,7 @@ mod weights;
 
 pub use causal_lm::{CausalLm, LoadOptions};
 pub use chat_template::{ChatEnd, ChatMessage, ChatOptions};
+pub use checkpoint::SaveOptions;
 pub use classifier::SequenceClassifier;
 pub use config::{ModelConfig, SUPPORTED_ARCHITECTURES, SpecialTokens};
 pub use error::{Error, Result, WeightProblem};

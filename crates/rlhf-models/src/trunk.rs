@@ -12,7 +12,7 @@ use crate::config::Head;
 use crate::layers::{LayerNorm, RmsNorm};
 use crate::rope::{Rope, Rotation};
 use crate::weights::{Builder, Init, WeightMap};
-use crate::{Error, LoadOptions, ModelConfig, Result};
+use crate::{Error, LoadOptions, ModelConfig, Result, SaveOptions};
 
 /// Everything of a model but its head: what an architecture hands over.
 pub(crate) struct Trunk {
@@ -223,13 +223,15 @@ impl<H> Model<H> {
         Ok(model)
     }
 
-    pub(crate) fn save(&self, dir: &Path, head: Head, kind: Kind) -> Result<()> {
+    pub(crate) fn save(&self, dir: &Path, head: Head, options: &SaveOptions) -> Result<()> {
+        let kind = options.kind.unwrap_or_else(|| self.kind());
         let weights = self
             .weights
             .iter()
             .map(|(name, tensor)| Ok((name.clone(), tensor.f_to_kind(kind)?)))
             .collect::<Result<Vec<_>>>()?;
-        write_model(dir, weights, &self.config.to_json(head, kind))
+        let config = self.config.to_json(head, kind);
+        write_model(dir, weights, &config, options.max_shard_size)
     }
 
     /// A copy of every weight, to build another model from.

@@ -11,7 +11,7 @@ use crate::config::Head;
 use crate::layers::{Layout, Linear};
 use crate::trunk::Model;
 use crate::weights::{Builder, Init, WeightMap, fresh};
-use crate::{CausalLm, LoadOptions, ModelConfig, Result, SequenceClassifier};
+use crate::{CausalLm, LoadOptions, ModelConfig, Result, SaveOptions, SequenceClassifier};
 
 /// A trunk with a linear layer that gives every token a value.
 ///
@@ -127,7 +127,7 @@ impl ValueHeadModel {
             HeadLayout::Score => Head::Classifier { labels: 1 },
             HeadLayout::Summary => Head::CausalLm,
         };
-        self.model.save(dir.as_ref(), head, self.model.kind())
+        self.model.save(dir.as_ref(), head, &SaveOptions::default())
     }
 
     /// Architecture and sizes.
