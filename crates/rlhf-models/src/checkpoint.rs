@@ -47,7 +47,7 @@ pub(crate) fn read_weights(dir: &Path) -> Result<WeightMap> {
 }
 
 /// Names of an index's files, which lie beside it.
-fn shards(index: &Fields) -> Result<BTreeSet<String>> {
+pub(crate) fn shards(index: &Fields) -> Result<BTreeSet<String>> {
     let map: BTreeMap<String, String> = index.need("weight_map")?;
     let names: BTreeSet<String> = map.into_values().collect();
     for name in &names {
@@ -168,7 +168,7 @@ fn kind_of(dtype: Dtype) -> Option<Kind> {
 
 /// The header of a file's bytes, checked against their number: tensors follow each other
 /// without gaps or overlaps, and none reaches beyond the end.
-fn parse(bytes: &[u8]) -> Result<SafeTensors<'_>, safetensors::SafeTensorError> {
+pub(crate) fn parse(bytes: &[u8]) -> Result<SafeTensors<'_>, safetensors::SafeTensorError> {
     // The format's own bound is so large that an index of empty tensors takes gigabytes.
     let length = bytes
         .first_chunk()

@@ -60,6 +60,8 @@ mod layers;
 mod llama;
 mod mistral;
 mod pre_norm;
+#[cfg(test)]
+mod properties;
 mod qwen2;
 mod qwen3;
 mod rope;
