@@ -6,6 +6,8 @@
 //!
 //! The tokenizer's files are not copied.
 
+#![allow(clippy::print_stdout)]
+
 use std::error::Error;
 
 use rlhf_models::tch::Kind;
