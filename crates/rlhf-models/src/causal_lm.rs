@@ -15,7 +15,7 @@ use crate::layers::linear;
 use crate::lora::{CAUSAL_LM, Rebuild};
 use crate::trunk::{Model, Trunk};
 use crate::weights::{Builder, Init, WeightMap};
-use crate::{ModelConfig, Result};
+use crate::{ModelConfig, Result, SaveOptions};
 
 /// Where and in what precision a model is loaded.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -117,14 +117,14 @@ impl CausalLm {
         Ok(Self { model })
     }
 
-    /// Writes `config.json` and `model.safetensors`, which transformers reads back. Tied weights
-    /// are written once. Adapters are merged into what is written, and only there; for the
-    /// adapters alone see [`save_adapter`](Self::save_adapter).
+    /// Writes `config.json` and `model.safetensors` (past 50 GB: shards and their index), which
+    /// transformers reads back. Tied weights are written once. Adapters are merged into what is
+    /// written, and only there; for the adapters alone see [`save_adapter`](Self::save_adapter).
     ///
     /// # Errors
     /// A folder or file that cannot be written.
     pub fn save_pretrained(&self, dir: impl AsRef<Path>) -> Result<()> {
-        self.save_pretrained_as(dir, self.kind())
+        self.save_pretrained_with(dir, &SaveOptions::default())
     }
 
     /// [`save_pretrained`](Self::save_pretrained) with the weights rounded to another kind, such
@@ -133,7 +133,19 @@ impl CausalLm {
     /// # Errors
     /// A folder or file that cannot be written.
     pub fn save_pretrained_as(&self, dir: impl AsRef<Path>, kind: Kind) -> Result<()> {
-        self.model.save(dir.as_ref(), Head::CausalLm, kind)
+        let options = SaveOptions {
+            kind: Some(kind),
+            ..SaveOptions::default()
+        };
+        self.save_pretrained_with(dir, &options)
+    }
+
+    /// [`save_pretrained`](Self::save_pretrained) in another kind, or in shards of another size.
+    ///
+    /// # Errors
+    /// A folder or file that cannot be written.
+    pub fn save_pretrained_with(&self, dir: impl AsRef<Path>, options: &SaveOptions) -> Result<()> {
+        self.model.save(dir.as_ref(), Head::CausalLm, options)
     }
 
     /// Architecture and sizes.

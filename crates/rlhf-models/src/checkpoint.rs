@@ -1,21 +1,26 @@
 //! Weights on disk: safetensors files in the layout of the Hugging Face hub.
 
-use std::borrow::Cow;
-use std::collections::{BTreeSet, HashMap};
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Component, Path, PathBuf};
 
 use rlhf_scale::tensor_from_owner;
-use safetensors::tensor::{Dtype, View};
-use safetensors::{SafeTensors, serialize_to_file};
-use serde_json::Value;
-use tch::{Device, Kind, Tensor};
+use safetensors::SafeTensors;
+use safetensors::tensor::Dtype;
+use tch::{Kind, Tensor};
 
 use crate::config::Fields;
 use crate::weights::WeightMap;
 use crate::{Error, Result, WeightProblem};
 
+mod save;
+
+pub use save::SaveOptions;
+pub(crate) use save::write_model;
+
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// Most bytes of a file's header: names, shapes and places of some 200,000 tensors.
+const MAX_HEADER: u64 = 32 << 20;
 /// Bytes that libtorch's CPU allocator aligns to.
 const ALIGNMENT: i64 = 64;
 
@@ -23,9 +28,10 @@ const ALIGNMENT: i64 = 64;
 pub(crate) fn read_weights(dir: &Path) -> Result<WeightMap> {
     let index = dir.join(INDEX);
     let files: Vec<PathBuf> = if !dir.join(WEIGHTS).exists() && index.exists() {
-        let shards: HashMap<String, String> = Fields::read(&index)?.need("weight_map")?;
-        let names: BTreeSet<&String> = shards.values().collect();
-        names.into_iter().map(|name| dir.join(name)).collect()
+        shards(&Fields::read(&index)?)?
+            .into_iter()
+            .map(|name| dir.join(name))
+            .collect()
     } else {
         vec![dir.join(WEIGHTS)]
     };
@@ -40,6 +46,23 @@ pub(crate) fn read_weights(dir: &Path) -> Result<WeightMap> {
     Err(Error::Weights { path, problems })
 }
 
+/// Names of an index's files, which lie beside it.
+pub(crate) fn shards(index: &Fields) -> Result<BTreeSet<String>> {
+    let map: BTreeMap<String, String> = index.need("weight_map")?;
+    let names: BTreeSet<String> = map.into_values().collect();
+    for name in &names {
+        let mut parts = Path::new(name).components();
+        let plain = matches!(parts.next(), Some(Component::Normal(part)) if part == name.as_str());
+        if !plain || name.contains(['/', '\\', '\0']) {
+            return Err(Error::ShardName {
+                path: index.path.clone(),
+                name: name.clone(),
+            });
+        }
+    }
+    Ok(names)
+}
+
 fn read_file(
     path: &Path,
     weights: &mut WeightMap,
@@ -52,7 +75,7 @@ fn read_file(
     #[allow(unsafe_code)]
     let map = unsafe { memmap2::MmapOptions::new().map_copy(&file) }
         .map_err(Error::io("mapping", path))?;
-    let parsed = SafeTensors::deserialize(&map).map_err(|source| Error::Safetensors {
+    let parsed = parse(&map).map_err(|source| Error::Safetensors {
         path: path.into(),
         source,
     })?;
@@ -77,7 +100,10 @@ fn read_file(
     let whole = tensor_from_owner(map, |map| &mut map[..], &[length], Kind::Uint8)
         .map_err(rlhf_core::Error::model)?;
     for place in places {
-        weights.insert(place.name.clone(), place.tensor(&whole)?);
+        let tensor = place.tensor(&whole)?;
+        if weights.insert(place.name.clone(), tensor).is_some() {
+            problems.push(WeightProblem::Duplicate { name: place.name });
+        }
     }
     Ok(())
 }
@@ -111,41 +137,15 @@ impl Place {
 
 /// Constants that old checkpoints carry along: causal masks and rotary frequencies.
 fn is_buffer(name: &str) -> bool {
-    [".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"]
-        .iter()
-        .any(|suffix| name.ends_with(suffix))
-}
-
-/// Writes `model.safetensors` and `config.json`. Each file is complete or not there; the
-/// weights come first, so that a new config never describes old weights.
-pub(crate) fn write_model(
-    dir: &Path,
-    weights: Vec<(String, Tensor)>,
-    config: &Value,
-) -> Result<()> {
-    std::fs::create_dir_all(dir).map_err(Error::io("creating", dir))?;
-    let text = serde_json::to_string_pretty(config).map_err(|source| Error::Json {
-        path: dir.join("config.json"),
-        source,
-    })?;
-    let staged = dir.join(".config.json.partial");
-    std::fs::write(&staged, text + "\n").map_err(Error::io("writing", &staged))?;
-    let path = dir.join(WEIGHTS);
-    let views = weights
-        .into_iter()
-        .map(|(name, tensor)| Ok((name, Stored::new(&tensor)?)))
-        .collect::<Result<Vec<_>>>()?;
-    // transformers refuses a file without this.
-    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-    serialize_to_file(views, Some(metadata), &path).map_err(|source| Error::Safetensors {
-        path: path.clone(),
-        source,
-    })?;
-    // The writer's temporary file is private to the user; the result should not be.
-    let permissions = std::fs::metadata(&staged).map_err(Error::io("reading", &staged))?;
-    std::fs::set_permissions(&path, permissions.permissions())
-        .map_err(Error::io("writing", &path))?;
-    std::fs::rename(&staged, dir.join("config.json")).map_err(Error::io("renaming", &staged))
+    [
+        ".attn.bias",
+        ".attn.masked_bias",
+        ".attention.bias",
+        ".attention.masked_bias",
+        "rotary_emb.inv_freq",
+    ]
+    .iter()
+    .any(|suffix| name.ends_with(suffix))
 }
 
 /// Writes a file under another name, then renames it.
@@ -156,45 +156,6 @@ pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     std::fs::rename(&staged, path).map_err(Error::io("renaming", &staged))
 }
 
-/// A tensor as the safetensors writer wants it; bytes are made when they are written.
-struct Stored {
-    tensor: Tensor,
-    shape: Vec<usize>,
-    dtype: Dtype,
-}
-
-impl Stored {
-    fn new(tensor: &Tensor) -> Result<Self> {
-        Ok(Self {
-            shape: tensor.size().iter().map(|&n| n as usize).collect(),
-            dtype: match tensor.kind() {
-                Kind::Double => Dtype::F64,
-                Kind::Half => Dtype::F16,
-                Kind::BFloat16 => Dtype::BF16,
-                _ => Dtype::F32,
-            },
-            tensor: tensor.detach().f_to_device(Device::Cpu)?.f_contiguous()?,
-        })
-    }
-}
-
-impl View for Stored {
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-    fn data(&self) -> Cow<'_, [u8]> {
-        let mut bytes = vec![0; self.data_len()];
-        self.tensor.copy_data_u8(&mut bytes, self.tensor.numel());
-        Cow::Owned(bytes)
-    }
-    fn data_len(&self) -> usize {
-        self.tensor.numel() * self.tensor.kind().elt_size_in_bytes()
-    }
-}
-
 fn kind_of(dtype: Dtype) -> Option<Kind> {
     match dtype {
         Dtype::F64 => Some(Kind::Double),
@@ -203,4 +164,17 @@ fn kind_of(dtype: Dtype) -> Option<Kind> {
         Dtype::BF16 => Some(Kind::BFloat16),
         _ => None,
     }
+}
+
+/// The header of a file's bytes, checked against their number: tensors follow each other
+/// without gaps or overlaps, and none reaches beyond the end.
+pub(crate) fn parse(bytes: &[u8]) -> Result<SafeTensors<'_>, safetensors::SafeTensorError> {
+    // The format's own bound is so large that an index of empty tensors takes gigabytes.
+    let length = bytes
+        .first_chunk()
+        .map(|length| u64::from_le_bytes(*length));
+    if length.is_some_and(|length| length > MAX_HEADER) {
+        return Err(safetensors::SafeTensorError::HeaderTooLarge);
+    }
+    SafeTensors::deserialize(bytes)
 }

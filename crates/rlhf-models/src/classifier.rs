@@ -11,7 +11,7 @@ use crate::layers::{Layout, Linear};
 use crate::lora::{Rebuild, SEQ_CLS};
 use crate::trunk::{Model, Trunk};
 use crate::weights::{Builder, Init, fresh};
-use crate::{CausalLm, LoadOptions, ModelConfig, Result};
+use crate::{CausalLm, LoadOptions, ModelConfig, Result, SaveOptions};
 
 /// Name of the head's matrix in a checkpoint.
 pub(crate) const SCORE: &str = "score.weight";
@@ -110,7 +110,8 @@ impl SequenceClassifier {
         Ok(Self { model })
     }
 
-    /// Writes `config.json` and `model.safetensors`, which transformers reads back.
+    /// Writes `config.json` and `model.safetensors` (past 50 GB: shards and their index), which
+    /// transformers reads back.
     ///
     /// A config without `pad_token_id` gets one (the EOS id, or 0), because transformers scores
     /// no batch of several sequences without it.
@@ -118,7 +119,7 @@ impl SequenceClassifier {
     /// # Errors
     /// A folder or file that cannot be written.
     pub fn save_pretrained(&self, dir: impl AsRef<Path>) -> Result<()> {
-        self.save_pretrained_as(dir, self.model.kind())
+        self.save_pretrained_with(dir, &SaveOptions::default())
     }
 
     /// [`save_pretrained`](Self::save_pretrained) with the weights rounded to another kind.
@@ -126,9 +127,21 @@ impl SequenceClassifier {
     /// # Errors
     /// A folder or file that cannot be written.
     pub fn save_pretrained_as(&self, dir: impl AsRef<Path>, kind: Kind) -> Result<()> {
+        let options = SaveOptions {
+            kind: Some(kind),
+            ..SaveOptions::default()
+        };
+        self.save_pretrained_with(dir, &options)
+    }
+
+    /// [`save_pretrained`](Self::save_pretrained) in another kind, or in shards of another size.
+    ///
+    /// # Errors
+    /// A folder or file that cannot be written.
+    pub fn save_pretrained_with(&self, dir: impl AsRef<Path>, options: &SaveOptions) -> Result<()> {
         let labels = self.num_labels();
         self.model
-            .save(dir.as_ref(), Head::Classifier { labels }, kind)
+            .save(dir.as_ref(), Head::Classifier { labels }, options)
     }
 
     /// Architecture and sizes.

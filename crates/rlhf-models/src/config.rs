@@ -21,7 +21,7 @@ pub const SUPPORTED_ARCHITECTURES: &[&str] = &[
 
 /// Most of any size but the number of layers: more makes no model, and products of two stay in
 /// range.
-const MAX_SIZE: i64 = 1 << 28;
+pub(crate) const MAX_SIZE: i64 = 1 << 28;
 /// Most layers; each that a file lacks is a problem to report.
 const MAX_LAYERS: i64 = 4096;
 
@@ -274,6 +274,25 @@ impl From<OneOrMany> for Vec<i64> {
     }
 }
 
+/// Most bytes of a configuration or an index. An index of 200,000 tensors has 20 million.
+const MAX_JSON: u64 = 64 << 20;
+
+/// The bytes of a file that should be small; one that is not is not read.
+fn read_small(path: &Path) -> Result<Vec<u8>> {
+    let about = std::fs::metadata(path).map_err(Error::io("reading", path))?;
+    if !about.is_file() {
+        return Err(Error::NotAFile { path: path.into() });
+    }
+    if about.len() > MAX_JSON {
+        return Err(Error::FileTooLarge {
+            path: path.into(),
+            bytes: about.len(),
+            limit: MAX_JSON,
+        });
+    }
+    std::fs::read(path).map_err(Error::io("reading", path))
+}
+
 /// A JSON object, with errors that name the file and the field.
 #[derive(Debug)]
 pub(crate) struct Fields {
@@ -283,8 +302,12 @@ pub(crate) struct Fields {
 
 impl Fields {
     pub(crate) fn read(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(Error::io("reading", path))?;
-        let map = serde_json::from_slice(&bytes).map_err(|source| Error::Json {
+        Self::parse(path, &read_small(path)?)
+    }
+
+    /// The object in a file's bytes.
+    pub(crate) fn parse(path: &Path, bytes: &[u8]) -> Result<Self> {
+        let map = serde_json::from_slice(bytes).map_err(|source| Error::Json {
             path: path.into(),
             source,
         })?;

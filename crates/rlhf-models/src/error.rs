@@ -69,6 +69,30 @@ pub enum Error {
         /// What the parser says.
         source: safetensors::SafeTensorError,
     },
+    /// An index names a file that does not lie beside it.
+    #[error("{}: `{name}` is no name of a file in this folder", path.display())]
+    ShardName {
+        /// The index.
+        path: PathBuf,
+        /// What it names.
+        name: String,
+    },
+    /// A file that would be read whole is larger than any of its kind.
+    #[error("{}: {bytes} bytes, where at most {limit} are expected", path.display())]
+    FileTooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// The most that is read.
+        limit: u64,
+    },
+    /// A folder, a pipe or a device where a file should be.
+    #[error("{}: not a regular file", path.display())]
+    NotAFile {
+        /// What was to be read.
+        path: PathBuf,
+    },
     /// Weights do not fit the configuration. Every problem is listed.
     #[error(
         "{}: weights do not fit config.json:{}",
@@ -292,6 +316,12 @@ pub enum WeightProblem {
         found: Vec<i64>,
         /// Shape that the model needs.
         expected: Vec<i64>,
+    },
+    /// Two of the checkpoint's files have it.
+    #[error("in two files: {name}")]
+    Duplicate {
+        /// The tensor.
+        name: String,
     },
     /// The element type is not one that weights can have here.
     #[error("{name} has element type {dtype}, not f64, f32, f16 or bf16")]

@@ -8,13 +8,13 @@ use tch::Tensor;
 use crate::architecture::{Architecture, Names, Sizes};
 use crate::attention::Attention;
 use crate::attention_spec::AttentionSpec;
-use crate::config::Fields;
+use crate::config::{Fields, check_sizes};
 use crate::gated_mlp::GatedMlp;
 use crate::layer_windows::SlidingWindow;
 use crate::layers::RmsNorm;
 use crate::rope::{Rope, Rotation};
 use crate::self_attention::{AttentionOptions, SelfAttention};
-use crate::transformer_config::{FieldNames, HeadDim};
+use crate::transformer_config::{FieldNames, LeftOut};
 use crate::trunk::{Block, Embedding, Norm, Trunk};
 use crate::weights::Builder;
 use crate::{Activation, Error, SpecialTokens, TransformerConfig};
@@ -26,7 +26,7 @@ pub struct Gemma2Config {
     /// What it has in common with its relatives.
     pub transformer: TransformerConfig,
     /// Attention scores are divided by its square root.
-    pub query_pre_attn_scalar: f64,
+    pub query_pre_attn_scalar: i64,
     /// Bound of the attention scores: `cap * tanh(x / cap)`.
     pub attn_logit_softcapping: Option<f64>,
     /// Bound of the logits.
@@ -39,7 +39,8 @@ pub struct Gemma2Config {
 
 const NAMES: FieldNames = FieldNames {
     activation: "hidden_activation",
-    head_dim: HeadDim::Default,
+    head_dim: LeftOut::Default,
+    kv_heads: LeftOut::Default,
 };
 
 impl Default for Gemma2Config {
@@ -64,7 +65,7 @@ impl Default for Gemma2Config {
                 },
                 ..TransformerConfig::default()
             },
-            query_pre_attn_scalar: 256.0,
+            query_pre_attn_scalar: 256,
             attn_logit_softcapping: Some(50.0),
             final_logit_softcapping: Some(30.0),
             attention_bias: false,
@@ -84,7 +85,7 @@ impl Gemma2Config {
             return Err(fields.invalid("use_bidirectional_attention", reason));
         }
         let transformer = TransformerConfig::from_fields(fields, default.transformer, NAMES)?;
-        let window = fields.get("sliding_window")?.or(Some(4096));
+        let window = fields.get_or("sliding_window", Some(4096))?;
         let layers = transformer.num_hidden_layers;
         Ok(Self {
             query_pre_attn_scalar: fields
@@ -123,7 +124,6 @@ impl Architecture for Gemma2Config {
 
     fn validate(&self) -> Result<()> {
         for (field, value) in [
-            ("query_pre_attn_scalar", Some(self.query_pre_attn_scalar)),
             ("attn_logit_softcapping", self.attn_logit_softcapping),
             ("final_logit_softcapping", self.final_logit_softcapping),
         ] {
@@ -133,6 +133,7 @@ impl Architecture for Gemma2Config {
                 return Err(CoreError::config(field, value, "it must be above 0"));
             }
         }
+        check_sizes(&[("query_pre_attn_scalar", self.query_pre_attn_scalar)])?;
         self.transformer.validate()?;
         match &self.sliding_window {
             Some(window) => window.validate(self.transformer.num_hidden_layers),
@@ -199,7 +200,7 @@ impl Gemma2Block {
         let (width, epsilon) = (shared.hidden_size, shared.rms_norm_eps);
         let options = AttentionOptions {
             spec: AttentionSpec {
-                scale: 1.0 / config.query_pre_attn_scalar.sqrt(),
+                scale: 1.0 / (config.query_pre_attn_scalar as f64).sqrt(),
                 window: SlidingWindow::of(config.sliding_window.as_ref(), layer),
                 softcap: config.attn_logit_softcapping,
             },

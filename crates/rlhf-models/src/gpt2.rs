@@ -66,7 +66,7 @@ impl Default for Gpt2Config {
             n_layer: 12,
             n_head: 12,
             n_inner: None,
-            activation_function: Activation::GeluTanh,
+            activation_function: Activation::GeluNew,
             layer_norm_epsilon: 1e-5,
             initializer_range: 0.02,
             tie_word_embeddings: true,

@@ -187,8 +187,12 @@ impl RmsNorm {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub enum Activation {
-    /// GELU in its tanh approximation; also called `gelu_pytorch_tanh`.
-    #[serde(rename = "gelu_new", alias = "gelu_pytorch_tanh")]
+    /// GELU in its tanh approximation, by the name that GPT-2 has for it.
+    #[serde(rename = "gelu_new")]
+    GeluNew,
+    /// The same, by the name that Gemma has for it. transformers has a kernel for each, and they
+    /// differ in the last bits.
+    #[serde(rename = "gelu_pytorch_tanh")]
     GeluTanh,
     /// GELU with the error function.
     #[serde(rename = "gelu")]
@@ -204,7 +208,7 @@ pub enum Activation {
 impl Activation {
     pub(crate) fn forward(self, x: &Tensor) -> Result<Tensor> {
         Ok(match self {
-            Self::GeluTanh => x.f_gelu("tanh")?,
+            Self::GeluNew | Self::GeluTanh => x.f_gelu("tanh")?,
             Self::Gelu => x.f_gelu("none")?,
             Self::Relu => x.f_relu()?,
             Self::Silu => x.f_silu()?,

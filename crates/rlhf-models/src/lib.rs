@@ -98,6 +98,8 @@ mod llama;
 mod lora;
 mod mistral;
 mod pre_norm;
+#[cfg(test)]
+mod properties;
 mod qwen2;
 mod qwen3;
 mod rope;
@@ -110,6 +112,7 @@ mod weights;
 
 pub use causal_lm::{CausalLm, LoadOptions};
 pub use chat_template::{ChatEnd, ChatMessage, ChatOptions};
+pub use checkpoint::SaveOptions;
 pub use classifier::SequenceClassifier;
 pub use config::{ModelConfig, SUPPORTED_ARCHITECTURES, SpecialTokens};
 pub use error::{AdapterProblem, Error, Result, WeightProblem};

@@ -41,8 +41,8 @@ impl MistralConfig {
     pub(crate) fn from_fields(fields: &Fields) -> Result<Self, Error> {
         let default = Self::default().transformer;
         Ok(Self {
-            transformer: TransformerConfig::from_fields(fields, default, FieldNames::LLAMA)?,
-            sliding_window: fields.get("sliding_window")?,
+            transformer: TransformerConfig::from_fields(fields, default, FieldNames::GROUPED)?,
+            sliding_window: fields.get_or("sliding_window", Some(4096))?,
         })
     }
 }
@@ -77,7 +77,7 @@ impl Architecture for MistralConfig {
     fn to_json(&self) -> Map<String, Value> {
         let mut map = Map::new();
         map.insert("sliding_window".into(), json!(self.sliding_window));
-        self.transformer.write(&mut map, FieldNames::LLAMA);
+        self.transformer.write(&mut map, FieldNames::GROUPED);
         map
     }
 

@@ -43,7 +43,7 @@ impl Default for Qwen2Config {
 impl Qwen2Config {
     pub(crate) fn from_fields(fields: &Fields) -> Result<Self, Error> {
         let default = Self::default().transformer;
-        let transformer = TransformerConfig::from_fields(fields, default, FieldNames::LLAMA)?;
+        let transformer = TransformerConfig::from_fields(fields, default, FieldNames::GROUPED)?;
         let sliding_window = qwen_windows(fields, transformer.num_hidden_layers)?;
         Ok(Self {
             transformer,
@@ -56,7 +56,7 @@ impl Qwen2Config {
 /// layer `max_window_layers`.
 pub(crate) fn qwen_windows(fields: &Fields, layers: i64) -> Result<Option<SlidingWindow>, Error> {
     let length = match fields.get("use_sliding_window")?.unwrap_or(false) {
-        true => fields.get("sliding_window")?.or(Some(4096)),
+        true => fields.get_or("sliding_window", Some(4096))?,
         false => None,
     };
     let first = fields.get("max_window_layers")?.unwrap_or(28);
@@ -107,7 +107,7 @@ impl Architecture for Qwen2Config {
 
     fn to_json(&self) -> Map<String, Value> {
         let mut map = Map::new();
-        self.transformer.write(&mut map, FieldNames::LLAMA);
+        self.transformer.write(&mut map, FieldNames::GROUPED);
         let layers = self.transformer.num_hidden_layers;
         write_qwen_windows(self.sliding_window.as_ref(), layers, &mut map);
         map

@@ -11,7 +11,7 @@ use crate::layer_windows::SlidingWindow;
 use crate::pre_norm::pre_norm_trunk;
 use crate::qwen2::{qwen_windows, write_qwen_windows};
 use crate::self_attention::AttentionOptions;
-use crate::transformer_config::{FieldNames, HeadDim};
+use crate::transformer_config::{FieldNames, LeftOut};
 use crate::trunk::Trunk;
 use crate::weights::Builder;
 use crate::{Error, SpecialTokens, TransformerConfig};
@@ -28,8 +28,8 @@ pub struct Qwen3Config {
 }
 
 const NAMES: FieldNames = FieldNames {
-    head_dim: HeadDim::Default,
-    ..FieldNames::LLAMA
+    head_dim: LeftOut::Default,
+    ..FieldNames::GROUPED
 };
 
 impl Default for Qwen3Config {

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::Error;
-use crate::config::Fields;
+use crate::config::{Fields, MAX_SIZE};
 
 mod frequencies;
 
@@ -74,8 +74,8 @@ pub enum RopeScaling {
 const MAX_WIDTH: i64 = 1 << 16;
 
 impl RopeConfig {
-    /// Reads `rope_parameters`, the layout of transformers 5, or else `rope_theta` (GPT-NeoX:
-    /// `rotary_emb_base`) with `rope_scaling`, that of transformers 4.
+    /// Reads `rope_theta` (GPT-NeoX: `rotary_emb_base`) with `rope_scaling`, the layout of
+    /// transformers 4, or else `rope_parameters`, that of transformers 5.
     pub(crate) fn from_fields(
         fields: &Fields,
         max_position_embeddings: i64,
@@ -99,12 +99,12 @@ impl RopeConfig {
             None => "default",
             Some(kind) => kind.as_str().unwrap_or(""),
         };
-        // Files say it in the parameters, or beside them, or leave it to be the whole context.
+        // What a file says beside the parameters goes before what it says in them.
         let original = || -> Result<f64, Error> {
             let key = "original_max_position_embeddings";
-            let found = match number(key)? {
+            let found = match fields.get(key)? {
                 Some(found) => Some(found),
-                None => fields.get(key)?,
+                None => number(key)?,
             };
             Ok(found.unwrap_or(max_position_embeddings as f64))
         };
@@ -135,8 +135,8 @@ impl RopeConfig {
                     factor,
                     attention_factor: attention_factor
                         .unwrap_or_else(|| yarn_attention_factor(factor, mscales)),
-                    beta_fast: number("beta_fast")?.unwrap_or(32.0),
-                    beta_slow: number("beta_slow")?.unwrap_or(1.0),
+                    beta_fast: number("beta_fast")?.filter(|&n| n != 0.0).unwrap_or(32.0),
+                    beta_slow: number("beta_slow")?.filter(|&n| n != 0.0).unwrap_or(1.0),
                     truncate: map.get("truncate").and_then(Value::as_bool).unwrap_or(true),
                     original_max_position_embeddings: original,
                 }
@@ -219,7 +219,10 @@ impl RopeConfig {
             } => (factor * original) as i64,
             _ => max_position_embeddings,
         };
-        scaled.max(max_position_embeddings)
+        scaled.clamp(
+            max_position_embeddings,
+            MAX_SIZE.max(max_position_embeddings),
+        )
     }
 
     /// The fields of transformers 4, which 5 reads too.
@@ -280,13 +283,16 @@ struct Parameters {
 
 impl Parameters {
     fn read(fields: &Fields) -> Result<Self, Error> {
-        if let Some(map) = fields.get("rope_parameters")? {
-            let name = "rope_parameters";
-            return Ok(Self { name, map });
+        for name in ["rope_scaling", "rope_parameters"] {
+            let map: Map<String, Value> = fields.get(name)?.unwrap_or_default();
+            if !map.is_empty() {
+                return Ok(Self { name, map });
+            }
         }
-        let name = "rope_scaling";
-        let map = fields.get(name)?.unwrap_or_default();
-        Ok(Self { name, map })
+        Ok(Self {
+            name: "rope_parameters",
+            map: Map::new(),
+        })
     }
 }
 

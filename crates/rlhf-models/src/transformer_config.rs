@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use crate::architecture::Sizes;
 use crate::config::{Fields, check_layers, check_sizes};
-use crate::rope::{RopeConfig, RopeScaling};
+use crate::rope::{RopeConfig, RopeScaling, rope_number};
 use crate::{Activation, Result, SpecialTokens};
 
 /// Sizes of a decoder with rotary positions, RMS norm, grouped queries and a gated feed-forward
@@ -80,10 +80,15 @@ impl TransformerConfig {
         let hidden_size: i64 = fields.need("hidden_size")?;
         let heads: i64 = fields.need("num_attention_heads")?;
         let max_position_embeddings: i64 = fields.need("max_position_embeddings")?;
-        let head_dim = match names.head_dim {
-            HeadDim::Quotient => hidden_size / heads.max(1),
-            HeadDim::Default => default.head_dim,
+        let part = match rope_number(fields, "partial_rotary_factor")? {
+            Some(part) => Some(part),
+            None => fields.get("partial_rotary_factor")?,
         };
+        if part.is_some_and(|part: f64| part != 1.0) {
+            let reason = "only GPT-NeoX turns a part of a head";
+            return Err(fields.invalid("partial_rotary_factor", reason));
+        }
+        let (head_dim, kv_heads) = (default.head_dim, default.num_key_value_heads);
         let config = Self {
             vocab_size: fields.need("vocab_size")?,
             max_position_embeddings,
@@ -91,8 +96,12 @@ impl TransformerConfig {
             intermediate_size: fields.need("intermediate_size")?,
             num_hidden_layers: fields.need("num_hidden_layers")?,
             num_attention_heads: heads,
-            num_key_value_heads: fields.get("num_key_value_heads")?.unwrap_or(heads),
-            head_dim: fields.get("head_dim")?.unwrap_or(head_dim),
+            num_key_value_heads: fields
+                .get_or("num_key_value_heads", names.kv_heads.value(kv_heads))?
+                .unwrap_or(heads),
+            head_dim: fields
+                .get_or("head_dim", names.head_dim.value(head_dim))?
+                .unwrap_or(hidden_size / heads.max(1)),
             hidden_act: fields.get(names.activation)?.unwrap_or(default.hidden_act),
             rms_norm_eps: fields.get("rms_norm_eps")?.unwrap_or(default.rms_norm_eps),
             rope: RopeConfig::from_fields(fields, max_position_embeddings)?,
@@ -190,21 +199,37 @@ impl TransformerConfig {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct FieldNames {
     pub(crate) activation: &'static str,
-    pub(crate) head_dim: HeadDim,
+    pub(crate) head_dim: LeftOut,
+    pub(crate) kv_heads: LeftOut,
 }
 
-/// Width of a head where the file has none.
+/// What a size is that a file leaves out.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum HeadDim {
-    /// `hidden_size / num_attention_heads`.
-    Quotient,
+pub(crate) enum LeftOut {
+    /// It follows from the others.
+    Derived,
     /// That of the architecture's default.
     Default,
+}
+
+impl LeftOut {
+    fn value(self, default: i64) -> Option<i64> {
+        match self {
+            Self::Derived => None,
+            Self::Default => Some(default),
+        }
+    }
 }
 
 impl FieldNames {
     pub(crate) const LLAMA: Self = Self {
         activation: "hidden_act",
-        head_dim: HeadDim::Quotient,
+        head_dim: LeftOut::Derived,
+        kv_heads: LeftOut::Derived,
+    };
+    /// Mistral's and Qwen2's.
+    pub(crate) const GROUPED: Self = Self {
+        kv_heads: LeftOut::Default,
+        ..Self::LLAMA
     };
 }

@@ -13,7 +13,7 @@ use crate::layers::{LayerNorm, RmsNorm};
 use crate::lora::Adapters;
 use crate::rope::{Rope, Rotation};
 use crate::weights::{Builder, Init, WeightMap};
-use crate::{LoadOptions, ModelConfig, Result};
+use crate::{Error, LoadOptions, ModelConfig, Result, SaveOptions};
 
 /// Everything of a model but its head: what an architecture hands over.
 pub(crate) struct Trunk {
@@ -225,8 +225,9 @@ impl<H> Model<H> {
     }
 
     /// Writes a folder that holds a plain model: adapters are merged into what is written.
-    pub(crate) fn save(&self, dir: &Path, head: Head, kind: Kind) -> Result<()> {
+    pub(crate) fn save(&self, dir: &Path, head: Head, options: &SaveOptions) -> Result<()> {
         let _guard = tch::no_grad_guard();
+        let kind = options.kind.unwrap_or_else(|| self.kind());
         let weights = self
             .weights
             .iter()
@@ -236,7 +237,8 @@ impl<H> Model<H> {
                 Ok((name.clone(), weight.f_to_kind(kind)?))
             })
             .collect::<Result<Vec<_>>>()?;
-        write_model(dir, weights, &self.config.to_json(head, kind))
+        let config = self.config.to_json(head, kind);
+        write_model(dir, weights, &config, options.max_shard_size)
     }
 
     /// A copy of every weight, adapters merged, to build another plain model from.

@@ -12,7 +12,9 @@ use crate::layers::{Layout, Linear};
 use crate::lora::{CAUSAL_LM, Rebuild, SEQ_CLS, adapted};
 use crate::trunk::{Model, Trunk};
 use crate::weights::{Builder, Init, WeightMap, fresh};
-use crate::{CausalLm, LoadOptions, LoraConfig, ModelConfig, Result, SequenceClassifier};
+use crate::{
+    CausalLm, LoadOptions, LoraConfig, ModelConfig, Result, SaveOptions, SequenceClassifier,
+};
 
 /// A trunk with a linear layer that gives every token a value.
 ///
@@ -162,7 +164,7 @@ impl ValueHeadModel {
             HeadLayout::Score => Head::Classifier { labels: 1 },
             HeadLayout::Summary => Head::CausalLm,
         };
-        self.model.save(dir.as_ref(), head, self.model.kind())
+        self.model.save(dir.as_ref(), head, &SaveOptions::default())
     }
 
     /// Architecture and sizes.

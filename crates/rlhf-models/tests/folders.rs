@@ -80,6 +80,12 @@ fn saved_models_are_read_back() {
         let again = load(dir.path()).unwrap();
         assert_eq!(again.config(), model.config(), "{name}");
         assert_eq!(logprobs(&again), logprobs(&model), "{name}");
+        let activation = |dir: &Path| {
+            let config = std::fs::read(dir.join("config.json")).unwrap();
+            let config: Value = serde_json::from_slice(&config).unwrap();
+            ["hidden_act", "hidden_activation", "activation_function"].map(|f| config[f].clone())
+        };
+        assert_eq!(activation(dir.path()), activation(&model_dir(name)));
         let mut files: Vec<_> = std::fs::read_dir(dir.path())
             .unwrap()
             .map(|f| f.unwrap().file_name().into_string().unwrap())

@@ -17,9 +17,10 @@ pub(super) fn frequencies(config: &RopeConfig, width: i64, length: i64) -> Resul
             factor,
             original_max_position_embeddings: original,
         } => {
-            let length = (length as f64).max(original);
-            let growth = factor * length / original - (factor - 1.0);
-            config.theta * growth.powf(width as f64 / (width - 2) as f64)
+            let length = (length as f64).max(original) as f32;
+            let growth = factor as f32 * length / original as f32 - (factor - 1.0) as f32;
+            let exponent = width as f64 / (width - 2) as f64;
+            f64::from(config.theta as f32 * growth.powf(exponent as f32))
         }
         _ => config.theta,
     };
@@ -93,33 +94,57 @@ fn powers(theta: f64, width: i64) -> Result<Vec<f32>> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::*;
+    use std::path::Path;
 
-    /// Values made by running transformers 5.23; the fourth lies between the two bands.
+    use super::*;
+    use crate::config::Fields;
+
+    #[derive(serde::Deserialize)]
+    struct Goldens {
+        head_dim: i64,
+        length: i64,
+        cases: Vec<Case>,
+    }
+
+    #[derive(serde::Deserialize)]
+    struct Case {
+        name: String,
+        fields: serde_json::Value,
+        frequencies: Vec<f32>,
+        attention_factor: f64,
+    }
+
+    /// Values made by running transformers (scripts/make_rope_goldens.py).
     #[test]
-    fn llama3_frequencies() {
-        let config = RopeConfig {
-            theta: 500_000.0,
-            scaling: RopeScaling::Llama3 {
-                factor: 8.0,
-                low_freq_factor: 1.0,
-                high_freq_factor: 4.0,
-                original_max_position_embeddings: 1024.0,
-            },
-        };
-        let expected: [f32; 8] = [
-            1.0,
-            1.939_227_6e-1,
-            3.760_603e-2,
-            1.312_569_5e-3,
-            1.767_766_8e-4,
-            3.428_102_4e-5,
-            6.647_869_7e-6,
-            1.289_173_2e-6,
-        ];
-        let got = Vec::<f32>::try_from(&frequencies(&config, 16, 0).unwrap()).unwrap();
-        for (got, want) in got.iter().zip(expected) {
-            assert!((got / want - 1.0).abs() < 1e-6, "{got} is not {want}");
+    fn frequencies_of_every_type() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens/rope.json");
+        let goldens: Goldens = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        for case in goldens.cases {
+            let text = case.fields.to_string();
+            let fields = Fields::parse(Path::new("config.json"), text.as_bytes()).unwrap();
+            let context: Option<i64> = fields.get("max_position_embeddings").unwrap();
+            let config = RopeConfig::from_fields(&fields, context.unwrap_or(128)).unwrap();
+            // GPT-NeoX turns a part of a head.
+            let width = 2 * case.frequencies.len() as i64;
+            assert!(width <= goldens.head_dim);
+            let got = frequencies(&config, width, goldens.length).unwrap();
+            let got = Vec::<f32>::try_from(&got).unwrap();
+            assert_eq!(got.len(), case.frequencies.len(), "{}", case.name);
+            for (got, want) in got.iter().zip(&case.frequencies) {
+                let error = (got / want - 1.0).abs();
+                assert!(error < 5e-7, "{}: {got} is not {want}", case.name);
+            }
+            let factor = match config.scaling {
+                RopeScaling::Yarn {
+                    attention_factor, ..
+                } => attention_factor,
+                _ => 1.0,
+            };
+            assert!(
+                (factor - case.attention_factor).abs() < 1e-12,
+                "{}",
+                case.name
+            );
         }
     }
 }
