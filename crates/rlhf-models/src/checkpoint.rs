@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
-use rlhf_scale::tensor_from_owner;
+use rlhf_scale::{Precision, tensor_from_owner};
 use safetensors::tensor::{Dtype, View};
 use safetensors::{SafeTensors, serialize_to_file};
 use serde_json::Value;
@@ -116,11 +116,12 @@ fn is_buffer(name: &str) -> bool {
         .any(|suffix| name.ends_with(suffix))
 }
 
-/// Writes `model.safetensors` and `config.json`. Each file is complete or not there; the
+/// Writes `model.safetensors`, the weights rounded to `kind`, and `config.json`. Each file is complete or not there; the
 /// weights come first, so that a new config never describes old weights.
 pub(crate) fn write_model(
     dir: &Path,
     weights: Vec<(String, Tensor)>,
+    kind: Kind,
     config: &Value,
 ) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::io("creating", dir))?;
@@ -133,7 +134,7 @@ pub(crate) fn write_model(
     let path = dir.join(WEIGHTS);
     let views = weights
         .into_iter()
-        .map(|(name, tensor)| Ok((name, Stored::new(&tensor)?)))
+        .map(|(name, tensor)| Ok((name, Stored::new(&tensor, kind)?)))
         .collect::<Result<Vec<_>>>()?;
     // transformers refuses a file without this.
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
@@ -156,24 +157,31 @@ pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     std::fs::rename(&staged, path).map_err(Error::io("renaming", &staged))
 }
 
-/// A tensor as the safetensors writer wants it; bytes are made when they are written.
+/// A tensor as the safetensors writer wants it. Its bytes are made when they are written, so that a
+/// model saved in another kind is never there twice.
 struct Stored {
     tensor: Tensor,
+    kind: Kind,
     shape: Vec<usize>,
     dtype: Dtype,
 }
 
 impl Stored {
-    fn new(tensor: &Tensor) -> Result<Self> {
+    fn new(tensor: &Tensor, kind: Kind) -> Result<Self> {
+        let mut tensor = tensor.detach().f_to_device(Device::Cpu)?.f_contiguous()?;
+        if Precision::of_kind(kind).is_none() || Precision::of_kind(tensor.kind()).is_none() {
+            tensor = tensor.f_to_kind(kind)?;
+        }
         Ok(Self {
             shape: tensor.size().iter().map(|&n| n as usize).collect(),
-            dtype: match tensor.kind() {
+            dtype: match kind {
                 Kind::Double => Dtype::F64,
                 Kind::Half => Dtype::F16,
                 Kind::BFloat16 => Dtype::BF16,
                 _ => Dtype::F32,
             },
-            tensor: tensor.detach().f_to_device(Device::Cpu)?.f_contiguous()?,
+            kind,
+            tensor,
         })
     }
 }
@@ -186,12 +194,18 @@ impl View for Stored {
         &self.shape
     }
     fn data(&self) -> Cow<'_, [u8]> {
-        let mut bytes = vec![0; self.data_len()];
+        let own = self.tensor.kind();
+        let mut bytes = vec![0; self.tensor.numel() * own.elt_size_in_bytes()];
         self.tensor.copy_data_u8(&mut bytes, self.tensor.numel());
+        if own != self.kind
+            && let (Some(from), Some(to)) = (Precision::of_kind(own), Precision::of_kind(self.kind))
+        {
+            bytes = to.encode(&from.decode(&bytes));
+        }
         Cow::Owned(bytes)
     }
     fn data_len(&self) -> usize {
-        self.tensor.numel() * self.tensor.kind().elt_size_in_bytes()
+        self.tensor.numel() * self.kind.elt_size_in_bytes()
     }
 }
 

@@ -224,12 +224,9 @@ impl<H> Model<H> {
     }
 
     pub(crate) fn save(&self, dir: &Path, head: Head, kind: Kind) -> Result<()> {
-        let weights = self
-            .weights
-            .iter()
-            .map(|(name, tensor)| Ok((name.clone(), tensor.f_to_kind(kind)?)))
-            .collect::<Result<Vec<_>>>()?;
-        write_model(dir, weights, &self.config.to_json(head, kind))
+        let alias = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.shallow_clone());
+        let weights = self.weights.iter().map(alias).collect();
+        write_model(dir, weights, kind, &self.config.to_json(head, kind))
     }
 
     /// A copy of every weight, to build another model from.
