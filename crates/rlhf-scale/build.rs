@@ -34,7 +34,12 @@ fn main() -> Result<(), &'static str> {
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
-        .files(["csrc/autograd.cpp", "csrc/stop_early.cpp", "csrc/shim.cpp"])
+        .files([
+            "csrc/autograd.cpp",
+            "csrc/memory.cpp",
+            "csrc/stop_early.cpp",
+            "csrc/shim.cpp",
+        ])
         .compile("rlhf_scale_shim");
     // A static library must come before the ones whose symbols it uses, so torch-sys's own
     // mention of these two may be too early for it.

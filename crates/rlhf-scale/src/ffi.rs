@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod autograd;
+pub(crate) mod memory;
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
