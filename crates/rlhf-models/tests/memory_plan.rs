@@ -289,7 +289,8 @@ fn generation_holds_its_keys_and_values() {
         let plan = model
             .memory_plan(&BatchShape::uniform(1, 1, 1), &options)
             .unwrap();
-        let prompts = vec![std::sync::Arc::from(vec![1i64; 20]); 6];
+        // Prompts of their own: a shared one is computed once.
+        let prompts: Vec<std::sync::Arc<[i64]>> = (0..6).map(|_| vec![1; 20].into()).collect();
         let (decoder, memory) = measure_memory(|| {
             let mut decoder = model.decoder(30).unwrap();
             let _ = decoder.prefill(&prompts).unwrap();
