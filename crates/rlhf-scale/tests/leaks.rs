@@ -143,6 +143,7 @@ fn log_probabilities() {
             weight: &own,
             bias: None,
             ids: &ids,
+            softcap: None,
         };
         let options = LogprobOptions {
             entropy: way == 2,
