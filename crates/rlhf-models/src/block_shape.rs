@@ -151,36 +151,36 @@ impl ModelShape {
     /// | feed-forward input | activation | `[N, I]` |
     /// | activated | output projection, or the product with the gated branch | `[N, I]` |
     /// | gated branch, product | (gated only) product, output projection | `[N, I]` each |
-    pub(crate) fn block(&self, precision: Precision, tokens: Tokens) -> BlockMemory {
+    ///
+    /// `fed` are the tokens that go on after attention: in the last block those that are scored, in
+    /// the others all (`None`). What follows attention then has as many rows.
+    pub(crate) fn block(
+        &self,
+        precision: Precision,
+        tokens: Tokens,
+        fed: Option<u64>,
+    ) -> BlockMemory {
         let bytes = bytes_of(precision);
         let (hidden, inner) = (self.hidden, self.intermediate);
-        let norms = match self.parallel {
-            true => 2 * self.norm_kept(precision) - bytes * hidden,
-            false => 2 * self.norm_kept(precision),
-        };
-        let after_norms = if self.after_norms {
-            2 * (8 * hidden + 4)
-        } else {
-            0
-        };
-        let head_norms = if self.head_norms {
-            (4 + bytes) * (self.query + self.key)
-        } else {
-            0
-        };
-        let qkv = self.query + 2 * self.key;
+        let head_norms = when(self.head_norms, (4 + bytes) * (self.query + self.key));
         let rotated = match self.projection {
             Projection::FusedThenRotated => self.query + self.key,
             Projection::Fused | Projection::Separate => 0,
         };
-        let attended = if tokens.ragged { 2 } else { 1 } * self.query;
-        let feed_forward = if self.gated { 4 } else { 2 } * inner;
-        let (scores, attention_backward) = self.capped_scores(precision, tokens);
-        let row = norms
-            + after_norms
+        // The copy of several calls' outputs is kept unless rows are chosen from it.
+        let attended = if tokens.ragged && fed.is_none() { 2 } else { 1 } * self.query;
+        let before = self.norm_kept(precision)
             + head_norms
-            + bytes * (qkv + rotated + attended + feed_forward)
+            + bytes * (self.query + 2 * self.key + rotated + attended)
             + 4 * self.heads;
+        let feed_forward = if self.gated { 4 } else { 2 } * inner;
+        // Parallel sublayers share their input, and chosen rows are tensors of their own.
+        let shared = when(self.parallel && fed.is_none(), bytes * hidden);
+        let after = self.norm_kept(precision) - shared
+            + when(self.after_norms, 2 * (8 * hidden + 4))
+            + bytes * (feed_forward + when(fed.is_some(), self.query));
+        let fed = fed.unwrap_or(tokens.count);
+        let (scores, attention_backward) = self.capped_scores(precision, tokens);
         // The first weight of backward is the last of forward: all activations are still there, the
         // output's gradient, and those of the feed-forward layer. Where scores are capped, attention
         // may need more after the feed-forward layer is done.
@@ -188,11 +188,11 @@ impl ModelShape {
         // Of 16-bit operands in the layout of GPT-2's matrices the kernel makes a copy in the other.
         let copied = when(bytes < 4 && self.projection == Projection::Fused, inner);
         let feed_forward_backward =
-            bytes * (tokens.count * (hidden + branches * inner + copied) + inner * hidden);
-        let feed_forward_kept = bytes * tokens.count * feed_forward;
+            bytes * (fed * (hidden + branches * inner + copied) + inner * hidden);
+        let feed_forward_kept = bytes * fed * feed_forward;
         BlockMemory {
             input: bytes * tokens.count * hidden,
-            kept: tokens.count * row + scores,
+            kept: tokens.count * before + fed * after + scores,
             backward: feed_forward_backward
                 .max(attention_backward.saturating_sub(feed_forward_kept)),
             gradients: bytes * self.block_parameters,

@@ -323,17 +323,22 @@ fn step(
     let precision = options.precision;
     let bytes = precision.kind().elt_size_in_bytes() as u64;
     let tokens = Tokens::of(microbatch.iter().map(|&(p, r)| (p + r) as u64));
-    let scored = microbatch.iter().map(|&(_, r)| r as u64).sum();
+    let scored: u64 = microbatch.iter().map(|&(_, r)| r as u64).sum();
     let parameters = shape.parameters();
     let trainable = options.trainable.unwrap_or(parameters);
     let share = |gradients: u64| {
         (gradients as f64 * (trainable as f64 / parameters as f64).min(1.0)) as u64
     };
-    let block = shape.block(precision, tokens);
-    let block = BlockMemory {
-        gradients: share(block.gradients),
-        ..block
+    let block = |fed| {
+        let block = shape.block(precision, tokens, fed);
+        BlockMemory {
+            gradients: share(block.gradients),
+            ..block
+        }
     };
+    // The last block's feed-forward layer and what follows see the scored tokens alone.
+    let mut blocks = vec![block(None); shape.layers.saturating_sub(1) as usize];
+    blocks.push(block(Some(scored)));
     let logprobs = LogprobsMemory {
         precision,
         tokens: scored,
@@ -344,13 +349,11 @@ fn step(
         chunk_rows: options.logprob_chunk_rows,
     }
     .head();
-    let (norm_kept, norm_backward) = shape.last_norm(precision, tokens.count);
+    let (norm_kept, norm_backward) = shape.last_norm(precision, scored);
     let head = HeadMemory {
         // The rotation is kept as long as any block is.
         norm_kept: norm_kept + shape.rotation(precision, tokens.count),
         norm_backward,
-        // The hidden states of all tokens are there until the scored ones' logits are.
-        forward: logprobs.forward + bytes * tokens.count * shape.hidden,
         gradient: share(logprobs.gradient),
         tied: shape.tied,
         ..logprobs
@@ -360,7 +363,7 @@ fn step(
         parameters,
         trainable,
         embedding_gradient: share(bytes * shape.embeddings),
-        blocks: vec![block; shape.layers as usize],
+        blocks,
         head,
         accumulates,
         averages: options.averages,
