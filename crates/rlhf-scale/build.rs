@@ -37,6 +37,7 @@ fn main() -> Result<(), &'static str> {
         .files([
             "csrc/autograd.cpp",
             "csrc/kernels.cpp",
+            "csrc/memory.cpp",
             "csrc/shim.cpp",
             "csrc/stop_early.cpp",
         ])

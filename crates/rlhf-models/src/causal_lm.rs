@@ -47,6 +47,7 @@ impl Default for LoadOptions {
 /// that of adapters.
 pub struct CausalLm {
     pub(crate) model: Model<LmHead>,
+    chunk_rows: Option<usize>,
 }
 
 /// The projection to the vocabulary.
@@ -97,7 +98,10 @@ impl CausalLm {
         config.validate()?;
         let builder = Builder::random(seed, device, kind);
         let model = Model::build(config, builder, Path::new(""), LmHead::build)?;
-        Ok(Self { model })
+        Ok(Self {
+            model,
+            chunk_rows: None,
+        })
     }
 
     /// Loads a folder in the layout of the Hugging Face hub: `config.json` and
@@ -114,7 +118,10 @@ impl CausalLm {
             drop_tied_head,
             |(), config, trunk, builder| LmHead::build(config, trunk, builder),
         )?;
-        Ok(Self { model })
+        Ok(Self {
+            model,
+            chunk_rows: None,
+        })
     }
 
     /// Writes `config.json` and `model.safetensors` (past 50 GB: shards and their index), which
@@ -191,7 +198,10 @@ impl CausalLm {
     /// libtorch's (out of memory).
     pub fn try_clone(&self) -> Result<Self> {
         let model = self.model.duplicate()?;
-        Ok(Self { model })
+        Ok(Self {
+            model,
+            chunk_rows: self.chunk_rows,
+        })
     }
 
     /// Whether gradients are recorded for the weights, or for the adapters where there are any.
@@ -214,6 +224,28 @@ impl CausalLm {
         checkpointing: GradientCheckpointing,
     ) -> Result<()> {
         self.model.set_checkpointing(checkpointing)
+    }
+}
+
+/// What the memory plan may change.
+impl CausalLm {
+    /// Tokens whose logits are there at once when responses are scored; `None` for the default of
+    /// [`linear_logprobs`].
+    pub fn logprob_chunk_rows(&self) -> Option<usize> {
+        self.chunk_rows
+    }
+
+    /// Changes [`logprob_chunk_rows`](Self::logprob_chunk_rows).
+    ///
+    /// # Errors
+    /// [`InvalidConfig`](rlhf_core::Error::InvalidConfig) for 0.
+    pub fn set_logprob_chunk_rows(&mut self, rows: Option<usize>) -> Result<()> {
+        if rows == Some(0) {
+            let reason = "must be at least 1";
+            return Err(rlhf_core::Error::config("logprob_chunk_rows", 0, reason).into());
+        }
+        self.chunk_rows = rows;
+        Ok(())
     }
 }
 
@@ -272,7 +304,7 @@ impl Policy for CausalLm {
             softcap: self.model.head.softcap,
             ids: &ids,
         };
-        let scores = linear_logprobs(input, options, None)?;
+        let scores = linear_logprobs(input, options, self.chunk_rows)?;
         let scattered = |values: &Tensor| {
             Tensor::f_zeros(mask.size(), (Kind::Float, self.device()))?
                 .f_masked_scatter(&mask, values)

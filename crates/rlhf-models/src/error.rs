@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::MemoryChange;
+
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -282,6 +284,14 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
+    /// A training step that is predicted not to fit.
+    #[error("{source}{}", proposals(changes))]
+    OverBudget {
+        /// What is needed, and what there is.
+        source: Box<rlhf_scale::Error>,
+        /// What would fit, the cheapest first.
+        changes: Vec<MemoryChange>,
+    },
     /// libtorch, a batch or a configuration of the core crate.
     #[error(transparent)]
     Core(#[from] rlhf_core::Error),
@@ -362,6 +372,16 @@ pub enum AdapterProblem {
         /// What the model's linear layers are called.
         known: Vec<String>,
     },
+}
+
+fn proposals(changes: &[MemoryChange]) -> String {
+    match changes {
+        [] => "\nno checkpointing and no smaller microbatch would make it fit".into(),
+        _ => changes
+            .iter()
+            .map(|change| format!("\nwould fit: {change}"))
+            .collect(),
+    }
 }
 
 impl Error {

@@ -79,6 +79,7 @@
 mod architecture;
 mod attention;
 mod attention_spec;
+mod block_shape;
 mod causal_lm;
 mod chat_template;
 mod checkpoint;
@@ -96,6 +97,7 @@ mod layer_windows;
 mod layers;
 mod llama;
 mod lora;
+mod memory_plan;
 mod mistral;
 mod pre_norm;
 #[cfg(test)]
@@ -123,6 +125,7 @@ pub use layer_windows::SlidingWindow;
 pub use layers::Activation;
 pub use llama::LlamaConfig;
 pub use lora::{LoraConfig, Modules};
+pub use memory_plan::{BatchShape, GenerationShape, MemoryChange, MemoryOptions};
 pub use mistral::MistralConfig;
 pub use qwen2::Qwen2Config;
 pub use qwen3::Qwen3Config;

@@ -233,12 +233,12 @@ impl<H> Model<H> {
             .iter()
             .map(|(name, tensor)| {
                 let merged = self.merged_weight(name)?;
-                let weight = merged.as_ref().unwrap_or(tensor);
-                Ok((name.clone(), weight.f_to_kind(kind)?))
+                let weight = merged.unwrap_or_else(|| tensor.shallow_clone());
+                Ok((name.clone(), weight))
             })
             .collect::<Result<Vec<_>>>()?;
         let config = self.config.to_json(head, kind);
-        write_model(dir, weights, &config, options.max_shard_size)
+        write_model(dir, weights, kind, &config, options.max_shard_size)
     }
 
     /// A copy of every weight, adapters merged, to build another plain model from.

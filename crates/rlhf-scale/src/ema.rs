@@ -178,13 +178,29 @@ impl Ema {
     /// Lets the averages follow the weights by one step.
     ///
     /// # Errors
-    /// [`Error::EmaApplied`] if a forgotten [`AppliedEma`] never put the weights back; libtorch's.
+    /// [`Error::EmaApplied`] if a forgotten [`AppliedEma`] never put the weights back; libtorch's
+    /// (out of memory). Nothing is changed then.
     pub fn update(&mut self) -> Result<()> {
+        let sources = self.ready()?;
+        self.advance(&sources)
+    }
+
+    /// What is averaged, in the averages' kinds, for [`advance`](Self::advance): whatever an update
+    /// allocates. Sources that have their average's kind come back as aliases, so that those of an
+    /// [`Updater`](crate::Updater), which are f32 masters, may be readied before they are stepped.
+    pub(crate) fn ready(&self) -> Result<Vec<Tensor>> {
         self.check_not_applied()?;
+        let sources = self.averages.iter().zip(&self.sources);
+        sources
+            .map(|((_, average), source)| Ok(source.f_to_kind(average.kind())?))
+            .collect()
+    }
+
+    /// Moves the averages towards `sources`, in place.
+    pub(crate) fn advance(&mut self, sources: &[Tensor]) -> Result<()> {
         let weight = 1.0 - self.config.decay_at(self.updates + 1);
-        for ((_, average), source) in self.averages.iter_mut().zip(&self.sources) {
-            let source = source.f_to_kind(average.kind())?;
-            let _ = average.f_lerp_(&source, weight)?;
+        for ((_, average), source) in self.averages.iter_mut().zip(sources) {
+            let _ = average.f_lerp_(source, weight)?;
         }
         self.updates += 1;
         Ok(())

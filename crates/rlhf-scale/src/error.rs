@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use tch::{Device, Kind};
 
+use crate::MemoryPlan;
 use crate::io::TensorProblem;
+use crate::memory::mib;
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -190,6 +192,14 @@ pub enum Error {
         shape: Vec<i64>,
         /// Kind asked for.
         kind: Kind,
+    },
+    /// A training step that is predicted not to fit.
+    #[error("the step needs {} MiB, the budget is {} MiB:\n{plan}", mib(plan.peak()), mib(*budget))]
+    OverBudget {
+        /// Bytes that there are.
+        budget: u64,
+        /// What is needed.
+        plan: Box<MemoryPlan>,
     },
     /// A tensor file does not hold the tensors it should; all problems are listed.
     #[error("{} does not fit:{}", path.display(), list(problems))]

@@ -5,6 +5,7 @@
 
 pub(crate) mod autograd;
 pub mod kernels;
+pub(crate) mod memory;
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -11,6 +11,8 @@
 //!   16-bit weights with f32 masters ([`Precision`]), dynamic loss scaling ([`LossScale`]), learning
 //!   rates and weight decay by parameter name ([`ParamGroup`]) and averaged weights
 //!   ([`EmaConfig`]).
+//! - [`StepMemory`] tells what a training step will need before it runs, and [`MemoryPlan::check`]
+//!   refuses what cannot fit; [`measure_memory`] counts what a piece of code really takes.
 //! - The update's parts stand on their own too: [`AdamW`], [`Schedule`], [`LossScaler`], [`Ema`],
 //!   [`clip_grad_norm`], [`backward`], and strict safetensors files in [`io`].
 //!
@@ -50,6 +52,7 @@ mod gradients;
 pub mod io;
 mod linear_logprobs;
 mod loss_scale;
+mod memory;
 mod param_group;
 mod precision;
 mod schedule;
@@ -70,6 +73,10 @@ pub use linear_logprobs::{
     LinearLogprobs, LinearLogprobsInput, LinearTokenLoss, linear_logprobs, linear_token_loss,
 };
 pub use loss_scale::{LossScale, LossScaler};
+pub use memory::{
+    BlockMemory, GenerationMemory, HeadMemory, LogprobsMemory, MemoryPlan, MemoryUse, StepMemory,
+    available_memory, measure_memory,
+};
 pub use param_group::ParamGroup;
 pub use precision::Precision;
 pub use schedule::{Schedule, ScheduleKind};

@@ -194,7 +194,7 @@ fn check(input: &LinearLogprobsInput<'_>) -> Result<()> {
     Ok(())
 }
 
-fn default_rows(tokens: i64, vocab: i64) -> i64 {
+pub(crate) fn default_rows(tokens: i64, vocab: i64) -> i64 {
     let fitting = (CHUNK_ELEMENTS / vocab.max(1)).max(1);
     (tokens / 8).max(MIN_ROWS).min(fitting)
 }

@@ -172,9 +172,7 @@ impl Updater {
             tch::manual_seed(seeds.next_u64() as i64);
             let loss = loss(microbatch)?;
             losses.push(self.backward_one(microbatch, &loss)?);
-            if microbatches > 1 {
-                self.drain_half_grads(&mut sums)?;
-            }
+            self.drain_half_grads(&mut sums)?;
         }
         let grads = self.collect_grads(sums)?;
         Ok(self.apply(&losses, &grads)?)
@@ -198,7 +196,8 @@ impl Updater {
         Ok(loss.f_detach()?.f_to_kind(Kind::Float)?.f_reshape([])?)
     }
 
-    /// Moves the gradients of 16-bit parameters into f32 sums, where small ones are not lost.
+    /// Moves the gradients of 16-bit parameters into f32 sums, where small ones are not lost. Each is
+    /// freed as soon as it is added, so that there is never a whole set of both.
     fn drain_half_grads(&self, sums: &mut [Option<Tensor>]) -> Result<()> {
         for ((_, param), sum) in self.params.iter().zip(sums) {
             if !is_half(param) {
@@ -219,15 +218,15 @@ impl Updater {
         Ok(())
     }
 
-    /// One gradient for each parameter that has one; f32 for 16-bit parameters.
+    /// One gradient for each parameter that has one: the f32 sum of a 16-bit parameter, the
+    /// gradient itself of another.
     fn collect_grads(&self, sums: Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>> {
         self.params
             .iter()
             .zip(sums)
-            .map(|((_, param), sum)| match (sum, grad_of(param)?) {
-                (Some(sum), _) => Ok(Some(sum)),
-                (None, Some(grad)) if is_half(param) => Ok(Some(grad.f_to_kind(Kind::Float)?)),
-                (None, grad) => Ok(grad),
+            .map(|((_, param), sum)| match sum {
+                Some(sum) => Ok(Some(sum)),
+                None => grad_of(param),
             })
             .collect()
     }
@@ -256,13 +255,15 @@ impl Updater {
             gradients::scale_to_norm(&present, grad_norm, max_norm)?;
         }
         let mut stats = self.stats(loss, grad_norm);
+        // What averaging allocates comes before the weights move.
+        let averaged = self.ema.as_ref().map(Ema::ready).transpose()?;
         self.optimizer
             .step_with(grads, self.config.schedule.factor(self.step))?;
         if let Some(scaler) = &mut self.scaler {
             scaler.succeeded();
         }
-        if let Some(ema) = &mut self.ema {
-            ema.update()?;
+        if let (Some(ema), Some(sources)) = (&mut self.ema, averaged) {
+            ema.advance(&sources)?;
         }
         self.step += 1;
         stats.step = self.step;

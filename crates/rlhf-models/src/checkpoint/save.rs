@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
+use rlhf_scale::Precision;
 use safetensors::serialize_to_file;
 use safetensors::tensor::{Dtype, View};
 use serde_json::{Value, json};
@@ -33,7 +34,7 @@ impl Default for SaveOptions {
     }
 }
 
-/// Writes weights and `config.json`.
+/// Writes weights, rounded to `kind`, and `config.json`.
 ///
 /// All files are written beside their places first. A folder that held a model holds the old one,
 /// the new one, or, for the moment between two renames of shards, none that can be loaded; never a
@@ -41,16 +42,17 @@ impl Default for SaveOptions {
 pub(crate) fn write_model(
     dir: &Path,
     weights: Vec<(String, Tensor)>,
+    kind: Kind,
     config: &Value,
     max_shard_size: u64,
 ) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::io("creating", dir))?;
     let mut staged = Staged::new(dir);
     staged.write_json(CONFIG, config)?;
-    let shards = split(weights, max_shard_size);
+    let shards = split(weights, kind, max_shard_size);
     if let [_] = shards.as_slice() {
         for shard in shards {
-            staged.write_weights(WEIGHTS, shard)?;
+            staged.write_weights(WEIGHTS, shard, kind)?;
         }
         staged.publish(&[WEIGHTS, CONFIG])?;
         remove(&dir.join(INDEX))?;
@@ -62,10 +64,10 @@ pub(crate) fn write_model(
         let file = format!("model-{:05}-of-{count:05}.safetensors", i + 1);
         for (name, tensor) in &shard {
             map.insert(name.clone(), json!(file));
-            bytes += bytes_of(tensor);
+            bytes += bytes_of(tensor, kind);
             elements += tensor.numel();
         }
-        staged.write_weights(&file, shard)?;
+        staged.write_weights(&file, shard, kind)?;
         names.push(file);
     }
     let metadata = json!({"total_parameters": elements, "total_size": bytes});
@@ -80,10 +82,14 @@ pub(crate) fn write_model(
 }
 
 /// Weights in their order, as many to a shard as fit.
-fn split(weights: Vec<(String, Tensor)>, max_shard_size: u64) -> Vec<Vec<(String, Tensor)>> {
+fn split(
+    weights: Vec<(String, Tensor)>,
+    kind: Kind,
+    max_shard_size: u64,
+) -> Vec<Vec<(String, Tensor)>> {
     let (mut shards, mut filled) = (vec![Vec::new()], 0);
     for (name, tensor) in weights {
-        let bytes = bytes_of(&tensor);
+        let bytes = bytes_of(&tensor, kind);
         if filled > 0 && filled + bytes > max_shard_size {
             shards.push(Vec::new());
             filled = 0;
@@ -96,8 +102,8 @@ fn split(weights: Vec<(String, Tensor)>, max_shard_size: u64) -> Vec<Vec<(String
     shards
 }
 
-fn bytes_of(tensor: &Tensor) -> u64 {
-    (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64
+fn bytes_of(tensor: &Tensor, kind: Kind) -> u64 {
+    (tensor.numel() * kind.elt_size_in_bytes()) as u64
 }
 
 /// Files that are complete but not in their places yet. Those that never get there are removed.
@@ -127,11 +133,16 @@ impl<'a> Staged<'a> {
         sync(&path)
     }
 
-    fn write_weights(&mut self, name: &str, weights: Vec<(String, Tensor)>) -> Result<()> {
+    fn write_weights(
+        &mut self,
+        name: &str,
+        weights: Vec<(String, Tensor)>,
+        kind: Kind,
+    ) -> Result<()> {
         let path = self.place(name);
         let views = weights
             .into_iter()
-            .map(|(name, tensor)| Ok((name, Stored::new(&tensor)?)))
+            .map(|(name, tensor)| Ok((name, Stored::new(&tensor, kind)?)))
             .collect::<Result<Vec<_>>>()?;
         self.files.push(name.into());
         // transformers refuses a file without this.
@@ -203,24 +214,31 @@ fn is_shard(name: &str) -> bool {
         .is_some_and(|(this, of)| number(this) && number(of))
 }
 
-/// A tensor as the safetensors writer wants it; bytes are made when they are written.
+/// A tensor as the safetensors writer wants it. Its bytes are made when they are written, so that a
+/// model saved in another kind is never there twice.
 struct Stored {
     tensor: Tensor,
+    kind: Kind,
     shape: Vec<usize>,
     dtype: Dtype,
 }
 
 impl Stored {
-    fn new(tensor: &Tensor) -> Result<Self> {
+    fn new(tensor: &Tensor, kind: Kind) -> Result<Self> {
+        let mut tensor = tensor.detach().f_to_device(Device::Cpu)?.f_contiguous()?;
+        if Precision::of_kind(kind).is_none() || Precision::of_kind(tensor.kind()).is_none() {
+            tensor = tensor.f_to_kind(kind)?;
+        }
         Ok(Self {
             shape: tensor.size().iter().map(|&n| n as usize).collect(),
-            dtype: match tensor.kind() {
+            dtype: match kind {
                 Kind::Double => Dtype::F64,
                 Kind::Half => Dtype::F16,
                 Kind::BFloat16 => Dtype::BF16,
                 _ => Dtype::F32,
             },
-            tensor: tensor.detach().f_to_device(Device::Cpu)?.f_contiguous()?,
+            kind,
+            tensor,
         })
     }
 }
@@ -233,12 +251,18 @@ impl View for Stored {
         &self.shape
     }
     fn data(&self) -> Cow<'_, [u8]> {
-        let mut bytes = vec![0; self.data_len()];
+        let own = self.tensor.kind();
+        let mut bytes = vec![0; self.tensor.numel() * own.elt_size_in_bytes()];
         self.tensor.copy_data_u8(&mut bytes, self.tensor.numel());
+        if own != self.kind
+            && let (Some(from), Some(to)) = (Precision::of_kind(own), Precision::of_kind(self.kind))
+        {
+            bytes = to.encode(&from.decode(&bytes));
+        }
         Cow::Owned(bytes)
     }
     fn data_len(&self) -> usize {
-        self.tensor.numel() * self.tensor.kind().elt_size_in_bytes()
+        self.tensor.numel() * self.kind.elt_size_in_bytes()
     }
 }
 
@@ -258,12 +282,12 @@ mod tests {
             weight("c", 9),
             weight("d", 1),
         ];
-        let names: Vec<Vec<String>> = split(weights, 16)
+        let names: Vec<Vec<String>> = split(weights, Kind::Float, 16)
             .into_iter()
             .map(|shard| shard.into_iter().map(|(name, _)| name).collect())
             .collect();
         assert_eq!(names, [vec!["a", "b"], vec!["c"], vec!["d"]]);
-        assert_eq!(split(Vec::new(), 16).len(), 1);
+        assert_eq!(split(Vec::new(), Kind::Float, 16).len(), 1);
     }
 
     #[test]

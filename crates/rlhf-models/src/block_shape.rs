@@ -1,0 +1,413 @@
+//! Every architecture in the numbers that decide what its training keeps in memory.
+
+use rlhf_scale::{BlockMemory, GenerationMemory, Precision};
+
+use crate::{Gemma2Config, Gpt2Config, GptNeoxConfig, ModelConfig, TransformerConfig};
+
+/// A model whose blocks are alike. Sizes count elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ModelShape {
+    pub(crate) vocab: u64,
+    pub(crate) hidden: u64,
+    pub(crate) layers: u64,
+    /// Whether the output layer is the embedding.
+    pub(crate) tied: bool,
+    /// Whether its logits are capped.
+    pub(crate) logit_cap: bool,
+    /// Weights of tokens' and positions' embeddings.
+    pub(crate) embeddings: u64,
+    block_parameters: u64,
+    intermediate: u64,
+    /// Whether the feed-forward layer has a gate.
+    gated: bool,
+    /// Whether attention and feed-forward layer read the same input.
+    parallel: bool,
+    /// Width of the queries, and of the keys.
+    query: u64,
+    key: u64,
+    heads: u64,
+    projection: Projection,
+    /// Whether attention scores are capped, which no fused kernel does.
+    score_cap: bool,
+    /// Dimensions of a head that positions turn.
+    rotary: u64,
+    norm: Norm,
+    /// Whether the sublayers' outputs have norms, too.
+    after_norms: bool,
+    /// Whether each head's query and key have.
+    head_norms: bool,
+}
+
+/// How queries, keys and values are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Projection {
+    /// By one matrix; attention reads parts of its product.
+    Fused,
+    /// By one matrix; queries and keys are turned, which makes new ones, while the values keep the
+    /// product.
+    FusedThenRotated,
+    /// By three matrices.
+    Separate,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Norm {
+    Layer,
+    Rms,
+    /// RMS norm whose scale is one more than the weight.
+    RmsAroundOne,
+}
+
+/// The tokens of a microbatch, as attention sees them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Tokens {
+    pub(crate) count: u64,
+    /// Squares of the sequences' lengths: all, and those of the largest kernel call.
+    pub(crate) squares: u64,
+    pub(crate) largest_call: u64,
+    /// Whether there are several kernel calls, whose outputs are put together in a copy.
+    pub(crate) ragged: bool,
+}
+
+impl Tokens {
+    /// Neighbours of one length are one kernel call.
+    pub(crate) fn of(lengths: impl IntoIterator<Item = u64>) -> Self {
+        let mut calls: Vec<(u64, u64)> = Vec::new();
+        for length in lengths {
+            match calls.last_mut() {
+                Some((rows, of)) if *of == length => *rows += 1,
+                _ => calls.push((1, length)),
+            }
+        }
+        let squares = || calls.iter().map(|(rows, length)| rows * length * length);
+        Self {
+            count: calls.iter().map(|(rows, length)| rows * length).sum(),
+            squares: squares().sum(),
+            largest_call: squares().max().unwrap_or(0),
+            ragged: calls.len() > 1,
+        }
+    }
+}
+
+impl ModelShape {
+    pub(crate) fn of(config: &ModelConfig) -> Self {
+        match config {
+            ModelConfig::Gpt2(config) => gpt2(config),
+            ModelConfig::GptNeox(config) => gpt_neox(config),
+            ModelConfig::Llama(config) => {
+                let bias = config.attention_bias;
+                pre_norm(&config.transformer, (bias, bias), config.mlp_bias)
+            }
+            ModelConfig::Mistral(config) => pre_norm(&config.transformer, (false, false), false),
+            ModelConfig::Qwen2(config) => pre_norm(&config.transformer, (true, false), false),
+            ModelConfig::Qwen3(config) => {
+                let bias = config.attention_bias;
+                let shape = pre_norm(&config.transformer, (bias, bias), false);
+                Self {
+                    block_parameters: shape.block_parameters
+                        + 2 * config.transformer.head_dim as u64,
+                    head_norms: true,
+                    ..shape
+                }
+            }
+            ModelConfig::Gemma2(config) => gemma2(config),
+        }
+    }
+
+    /// All weights, each once.
+    pub(crate) fn parameters(&self) -> u64 {
+        let head = if self.tied {
+            0
+        } else {
+            self.vocab * self.hidden
+        };
+        let last_norm = match self.norm {
+            Norm::Layer => 2 * self.hidden,
+            Norm::Rms | Norm::RmsAroundOne => self.hidden,
+        };
+        self.embeddings + self.layers * self.block_parameters + last_norm + head
+    }
+
+    /// A block on `N` tokens.
+    ///
+    /// What autograd keeps, in order (`H` hidden, `I` intermediate, `Q` and `K` the widths of queries
+    /// and keys; found by [`measure_memory`](rlhf_scale::measure_memory), which the tests hold this
+    /// to). RMS norms of 16-bit models compute in f32:
+    ///
+    /// | tensor | kept by | shape |
+    /// |---|---|---|
+    /// | input (f32 for RMS norm) | norm | `[N, H]` |
+    /// | mean and root, or root alone | norm | `[N]` each |
+    /// | normalised, before the scale (f32 for Gemma) | RMS norm, for its weight | `[N, H]` |
+    /// | normalised | projections to queries, keys, values | `[N, H]` |
+    /// | queries and keys, twice as above | (norms of heads only) those norms | `[N, Q + K]` |
+    /// | their and the values' common product | (GPT-NeoX only) values, which are part of it | `[N, 3H]` |
+    /// | queries, keys, values, rotated | attention | `[N, Q + 2K]` |
+    /// | attended, and the logarithms of sums | attention, output projection | `[N, Q]`, `[N, heads]` f32 |
+    /// | attended, put together | output projection, if there are several kernel calls | `[N, Q]` |
+    /// | capped scores, their softmax (f32; and in 16 bits) | (capped only) attention | `[heads, T, T]` a sequence |
+    /// | attended, and normalised | (norms after sublayers only) as the first norm | `[N, H]` f32 each |
+    /// | sum | second norm, as the first; in parallel blocks it is the input | `[N, H]` and so on |
+    /// | feed-forward input | activation | `[N, I]` |
+    /// | activated | output projection, or the product with the gated branch | `[N, I]` |
+    /// | gated branch, product | (gated only) product, output projection | `[N, I]` each |
+    ///
+    /// `fed` are the tokens that go on after attention: in the last block those that are scored, in
+    /// the others all (`None`). What follows attention then has as many rows.
+    pub(crate) fn block(
+        &self,
+        precision: Precision,
+        tokens: Tokens,
+        fed: Option<u64>,
+    ) -> BlockMemory {
+        let bytes = bytes_of(precision);
+        let (hidden, inner) = (self.hidden, self.intermediate);
+        let head_norms = when(self.head_norms, (4 + bytes) * (self.query + self.key));
+        let rotated = match self.projection {
+            Projection::FusedThenRotated => self.query + self.key,
+            Projection::Fused | Projection::Separate => 0,
+        };
+        // The copy of several calls' outputs is kept unless rows are chosen from it.
+        let attended = if tokens.ragged && fed.is_none() { 2 } else { 1 } * self.query;
+        let before = self.norm_kept(precision)
+            + head_norms
+            + bytes * (self.query + 2 * self.key + rotated + attended)
+            + 4 * self.heads;
+        let feed_forward = if self.gated { 4 } else { 2 } * inner;
+        // Parallel sublayers share their input, and chosen rows are tensors of their own.
+        let shared = when(self.parallel && fed.is_none(), bytes * hidden);
+        let after = self.norm_kept(precision) - shared
+            + when(self.after_norms, 2 * (8 * hidden + 4))
+            + bytes * (feed_forward + when(fed.is_some(), self.query));
+        let fed = fed.unwrap_or(tokens.count);
+        let (scores, attention_backward) = self.capped_scores(precision, tokens);
+        // The first weight of backward is the last of forward: all activations are still there, the
+        // output's gradient, and those of the feed-forward layer. Where scores are capped, attention
+        // may need more after the feed-forward layer is done.
+        let branches = if self.gated { 2 } else { 1 };
+        // Of 16-bit operands in the layout of GPT-2's matrices the kernel makes a copy in the other.
+        let copied = when(bytes < 4 && self.projection == Projection::Fused, inner);
+        let feed_forward_backward =
+            bytes * (fed * (hidden + branches * inner + copied) + inner * hidden);
+        let feed_forward_kept = bytes * fed * feed_forward;
+        BlockMemory {
+            input: bytes * tokens.count * hidden,
+            kept: tokens.count * before + fed * after + scores,
+            backward: feed_forward_backward
+                .max(attention_backward.saturating_sub(feed_forward_kept)),
+            gradients: bytes * self.block_parameters,
+        }
+    }
+
+    /// What attention keeps of scores that are computed one by one, and what its backward needs.
+    fn capped_scores(&self, precision: Precision, tokens: Tokens) -> (u64, u64) {
+        if !self.score_cap {
+            return (0, 0);
+        }
+        let bytes = bytes_of(precision);
+        let rounded = if bytes < 4 { bytes } else { 0 };
+        let kept = self.heads * tokens.squares * (bytes + 4 + rounded);
+        // The gradients before and after softmax in f32, and as measured some of what autograd has
+        // not freed by then.
+        (kept, (6 + bytes) * self.heads * tokens.largest_call)
+    }
+
+    /// Bytes a token that a norm keeps, its input and output included.
+    fn norm_kept(&self, precision: Precision) -> u64 {
+        let bytes = bytes_of(precision);
+        match self.norm {
+            Norm::Layer => bytes * (2 * self.hidden + 2),
+            Norm::Rms => (4 + 2 * bytes) * self.hidden + 4,
+            Norm::RmsAroundOne => (4 + 4 + bytes) * self.hidden + 4,
+        }
+    }
+
+    /// What the last norm keeps, and what its backward needs beside: its output is not kept.
+    pub(crate) fn last_norm(&self, precision: Precision, tokens: u64) -> (u64, u64) {
+        let output = bytes_of(precision) * tokens * self.hidden;
+        let kept = tokens * self.norm_kept(precision) - output;
+        match self.norm {
+            Norm::Layer => (kept, 2 * output),
+            // In f32: the gradients of the two factors of x / rms(x), and their sum.
+            Norm::Rms | Norm::RmsAroundOne => (kept, 4 * 4 * tokens * self.hidden),
+        }
+    }
+
+    /// Sines and cosines, which all blocks share.
+    pub(crate) fn rotation(&self, precision: Precision, tokens: u64) -> u64 {
+        2 * bytes_of(precision) * tokens * self.rotary
+    }
+
+    /// Decoding `new` tokens after prompts of at most `prompt`: keys and values of every layer, and
+    /// the logits that are sampled from, or the activations of the first pass if they are more.
+    pub(crate) fn generation(
+        &self,
+        precision: Precision,
+        rows: u64,
+        prompt: u64,
+        new: u64,
+    ) -> GenerationMemory {
+        let bytes = bytes_of(precision);
+        let (hidden, inner) = (self.hidden, self.intermediate);
+        // What a block's forward holds at its end: input, sum, output and norms; the feed-forward
+        // layer; GPT-2's also its queries, keys, values and what was attended.
+        let row = match (self.gated, self.projection) {
+            (true, _) => (5 * hidden + 3 * inner).max(2 * hidden + 3 * (self.query + self.key)),
+            (false, Projection::Fused) => 4 * hidden + 2 * (self.query + self.key) + 2 * inner,
+            (false, _) => 4 * hidden + 2 * inner,
+        };
+        let first_pass = bytes * rows * prompt * row;
+        // 16-bit logits, theirs in f32, and what sampling makes of these.
+        let logits = rows * self.vocab * (bytes + 4 + 4);
+        GenerationMemory {
+            kv_cache: 2 * bytes * self.layers * rows * self.key * (prompt + new),
+            working: first_pass.max(logits),
+        }
+    }
+}
+
+fn bytes_of(precision: Precision) -> u64 {
+    precision.kind().elt_size_in_bytes() as u64
+}
+
+fn when(present: bool, count: u64) -> u64 {
+    if present { count } else { 0 }
+}
+
+fn gpt2(config: &Gpt2Config) -> ModelShape {
+    let [vocab, hidden, layers, heads, positions] = [
+        config.vocab_size,
+        config.n_embd,
+        config.n_layer,
+        config.n_head,
+        config.n_positions,
+    ]
+    .map(|n| n as u64);
+    let intermediate = config.n_inner.map_or(4 * hidden, |n| n as u64);
+    ModelShape {
+        vocab,
+        hidden,
+        layers,
+        tied: config.tie_word_embeddings,
+        logit_cap: false,
+        embeddings: (vocab + positions) * hidden,
+        block_parameters: 4 * hidden * hidden
+            + 2 * hidden * intermediate
+            + (4 + 1 + 4) * hidden
+            + intermediate,
+        intermediate,
+        gated: false,
+        parallel: false,
+        query: hidden,
+        key: hidden,
+        heads,
+        projection: Projection::Fused,
+        score_cap: false,
+        rotary: 0,
+        norm: Norm::Layer,
+        after_norms: false,
+        head_norms: false,
+    }
+}
+
+fn gpt_neox(config: &GptNeoxConfig) -> ModelShape {
+    let [vocab, hidden, layers, heads, intermediate] = [
+        config.vocab_size,
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.intermediate_size,
+    ]
+    .map(|n| n as u64);
+    ModelShape {
+        vocab,
+        hidden,
+        layers,
+        tied: config.tie_word_embeddings,
+        logit_cap: false,
+        embeddings: vocab * hidden,
+        block_parameters: 4 * hidden * hidden
+            + 2 * hidden * intermediate
+            + when(config.attention_bias, 4 * hidden)
+            + (1 + 4) * hidden
+            + intermediate,
+        intermediate,
+        gated: false,
+        parallel: config.use_parallel_residual,
+        query: hidden,
+        key: hidden,
+        heads,
+        projection: Projection::FusedThenRotated,
+        score_cap: false,
+        rotary: ((hidden / heads) as f64 * config.rotary_pct) as u64,
+        norm: Norm::Layer,
+        after_norms: false,
+        head_norms: false,
+    }
+}
+
+/// Llama and its relatives; biases of query, key and value, and of the output projection.
+fn pre_norm(
+    config: &TransformerConfig,
+    (qkv_bias, output_bias): (bool, bool),
+    mlp_bias: bool,
+) -> ModelShape {
+    let [
+        vocab,
+        hidden,
+        layers,
+        heads,
+        kv_heads,
+        head_dim,
+        intermediate,
+    ] = [
+        config.vocab_size,
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.intermediate_size,
+    ]
+    .map(|n| n as u64);
+    let (query, key) = (heads * head_dim, kv_heads * head_dim);
+    ModelShape {
+        vocab,
+        hidden,
+        layers,
+        tied: config.tie_word_embeddings,
+        logit_cap: false,
+        embeddings: vocab * hidden,
+        block_parameters: 2 * hidden * (query + key)
+            + 3 * hidden * intermediate
+            + 2 * hidden
+            + when(qkv_bias, query + 2 * key)
+            + when(output_bias, hidden)
+            + when(mlp_bias, 2 * intermediate + hidden),
+        intermediate,
+        gated: true,
+        parallel: false,
+        query,
+        key,
+        heads,
+        projection: Projection::Separate,
+        score_cap: false,
+        rotary: head_dim,
+        norm: Norm::Rms,
+        after_norms: false,
+        head_norms: false,
+    }
+}
+
+fn gemma2(config: &Gemma2Config) -> ModelShape {
+    let bias = config.attention_bias;
+    let shape = pre_norm(&config.transformer, (bias, bias), false);
+    ModelShape {
+        block_parameters: shape.block_parameters + 2 * shape.hidden,
+        norm: Norm::RmsAroundOne,
+        after_norms: true,
+        score_cap: config.attn_logit_softcapping.is_some(),
+        logit_cap: config.final_logit_softcapping.is_some(),
+        ..shape
+    }
+}
