@@ -144,7 +144,11 @@ fn what_is_written_does_not_depend_on_who_else_is_there() {
         let all = run(&config(samples, 64, None), &prompts, 40);
         for (k, prompt) in prompts.iter().enumerate() {
             let first = 40 + (k * samples) as u64;
-            let alone = run(&config(samples, 1, None), std::slice::from_ref(prompt), first);
+            let alone = run(
+                &config(samples, 1, None),
+                std::slice::from_ref(prompt),
+                first,
+            );
             let among: Vec<usize> = (k * samples..(k + 1) * samples).collect();
             check_same(&alone, &all.select(&among).unwrap(), &format!("prompt {k}"));
         }

@@ -224,7 +224,14 @@ fn samples_do_not_depend_on_their_neighbours() {
         }
         for (k, prompt) in prompts.iter().enumerate() {
             let first = 3 * k as u64;
-            let alone = generate(&model, &[prompt.clone()], &config(1, None), &rng, first).unwrap();
+            let alone = generate(
+                &model,
+                std::slice::from_ref(prompt),
+                &config(1, None),
+                &rng,
+                first,
+            )
+            .unwrap();
             let among = &all.batch.sequences()[3 * k..3 * k + 3];
             assert_eq!(alone.batch.sequences(), among, "{name}, prompt {k}");
         }

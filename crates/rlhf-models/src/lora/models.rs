@@ -303,7 +303,7 @@ impl CausalLm {
     /// ```
     pub fn reference(&self) -> Result<Self> {
         let model = self.model.reference()?;
-        Ok(Self { model })
+        Ok(self.with_model(model))
     }
 
     /// This model as it is now, adapters and all, which does not change when they are trained: the
@@ -314,7 +314,7 @@ impl CausalLm {
     /// [`Error::NoAdapter`]; libtorch's.
     pub fn snapshot(&self) -> Result<Self> {
         let model = self.model.snapshot()?;
-        Ok(Self { model })
+        Ok(self.with_model(model))
     }
 
     /// The weights that other models may share, without the output layer.
