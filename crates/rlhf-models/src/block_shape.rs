@@ -65,6 +65,8 @@ pub(crate) struct Tokens {
     /// Squares of the sequences' lengths: all, and those of the largest kernel call.
     pub(crate) squares: u64,
     pub(crate) largest_call: u64,
+    /// Elements of the kernel calls' masks.
+    pub(crate) masks: u64,
     /// Whether there are several kernel calls, whose outputs are put together in a copy.
     pub(crate) ragged: bool,
 }
@@ -84,6 +86,7 @@ impl Tokens {
             count: calls.iter().map(|(rows, length)| rows * length).sum(),
             squares: squares().sum(),
             largest_call: squares().max().unwrap_or(0),
+            masks: calls.iter().map(|(_, length)| length * length).sum(),
             ragged: calls.len() > 1,
         }
     }
@@ -145,7 +148,8 @@ impl ModelShape {
     /// | queries, keys, values, rotated | attention | `[N, Q + 2K]` |
     /// | attended, and the logarithms of sums | attention, output projection | `[N, Q]`, `[N, heads]` f32 |
     /// | attended, put together | output projection, if there are several kernel calls | `[N, Q]` |
-    /// | capped scores, their softmax (f32; and in 16 bits) | (capped only) attention | `[heads, T, T]` a sequence |
+    /// | capped scores, their softmax (f32; and in 16 bits), a mask a call | (capped only, in place of the logarithms) attention | `[heads, T, T]` a sequence |
+    /// | attended, of the tokens that are scored | (last block only, in place of what was put together) output projection | `[M, Q]` |
     /// | attended, and normalised | (norms after sublayers only) as the first norm | `[N, H]` f32 each |
     /// | sum | second norm, as the first; in parallel blocks it is the input | `[N, H]` and so on |
     /// | feed-forward input | activation | `[N, I]` |
@@ -167,12 +171,14 @@ impl ModelShape {
             Projection::FusedThenRotated => self.query + self.key,
             Projection::Fused | Projection::Separate => 0,
         };
-        // The copy of several calls' outputs is kept unless rows are chosen from it.
-        let attended = if tokens.ragged && fed.is_none() { 2 } else { 1 } * self.query;
+        // The fused kernel keeps its output; what goes into the output projection is that or, of
+        // several calls, a copy, unless rows are chosen from it.
+        let copy = (tokens.ragged || self.score_cap) && fed.is_none();
+        let attended = when(!self.score_cap, self.query) + when(copy, self.query);
         let before = self.norm_kept(precision)
             + head_norms
             + bytes * (self.query + 2 * self.key + rotated + attended)
-            + 4 * self.heads;
+            + when(!self.score_cap, 4 * self.heads);
         let feed_forward = if self.gated { 4 } else { 2 } * inner;
         // Parallel sublayers share their input, and chosen rows are tensors of their own.
         let shared = when(self.parallel && fed.is_none(), bytes * hidden);
@@ -206,7 +212,7 @@ impl ModelShape {
         }
         let bytes = bytes_of(precision);
         let rounded = if bytes < 4 { bytes } else { 0 };
-        let kept = self.heads * tokens.squares * (bytes + 4 + rounded);
+        let kept = self.heads * tokens.squares * (bytes + 4 + rounded) + tokens.masks;
         // The gradients before and after softmax in f32, and as measured some of what autograd has
         // not freed by then.
         (kept, (6 + bytes) * self.heads * tokens.largest_call)

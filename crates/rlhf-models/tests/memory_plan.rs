@@ -226,6 +226,10 @@ fn what_is_kept_for_backward_is_as_predicted() {
                 drop(loss);
                 // Beside activations there are ids, masks and states of random generators.
                 let (predicted, kept) = (plan.activations as f64, memory.kept as f64);
+                println!(
+                    "{name} {precision:?} {policy:?}: kept {predicted} / {kept} = {:.4}",
+                    predicted / kept
+                );
                 if predicted < 0.98 * kept - 100.0 * 1024.0 || predicted > 1.02 * kept {
                     wrong.push(format!(
                         "{name} {precision:?} {policy:?}: {predicted} of {kept}"
