@@ -286,7 +286,6 @@ fn read_small(path: &Path) -> Result<Vec<u8>> {
     if about.len() > MAX_JSON {
         return Err(Error::FileTooLarge {
             path: path.into(),
-            bytes: about.len(),
             limit: MAX_JSON,
         });
     }

@@ -79,16 +79,6 @@ pub enum Error {
         /// What it names.
         name: String,
     },
-    /// A file that would be read whole is larger than any of its kind.
-    #[error("{}: {bytes} bytes, where at most {limit} are expected", path.display())]
-    FileTooLarge {
-        /// The file.
-        path: PathBuf,
-        /// Its size.
-        bytes: u64,
-        /// The most that is read.
-        limit: u64,
-    },
     /// A folder, a pipe or a device where a file should be.
     #[error("{}: not a regular file", path.display())]
     NotAFile {
