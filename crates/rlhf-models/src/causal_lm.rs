@@ -197,11 +197,15 @@ impl CausalLm {
     /// # Errors
     /// libtorch's (out of memory).
     pub fn try_clone(&self) -> Result<Self> {
-        let model = self.model.duplicate()?;
-        Ok(Self {
+        Ok(self.with_model(self.model.duplicate()?))
+    }
+
+    /// Another model with the settings of this one.
+    pub(crate) fn with_model(&self, model: Model<LmHead>) -> Self {
+        Self {
             model,
             chunk_rows: self.chunk_rows,
-        })
+        }
     }
 
     /// Whether gradients are recorded for the weights, or for the adapters where there are any.

@@ -13,7 +13,7 @@ use crate::layers::{LayerNorm, RmsNorm};
 use crate::lora::Adapters;
 use crate::rope::{Rope, Rotation};
 use crate::weights::{Builder, Init, WeightMap};
-use crate::{Error, LoadOptions, ModelConfig, Result, SaveOptions};
+use crate::{LoadOptions, ModelConfig, Result, SaveOptions};
 
 /// Everything of a model but its head: what an architecture hands over.
 pub(crate) struct Trunk {

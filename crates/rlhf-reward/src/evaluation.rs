@@ -272,8 +272,11 @@ fn fifths(pairs: &[&ScoredPair], by: impl Fn(&ScoredPair) -> f64) -> Vec<Bucket>
         .collect()
 }
 
+/// Whether a difference in length belongs to a bucket.
+type Includes = fn(i64) -> bool;
+
 fn by_length(pairs: &[ScoredPair]) -> Vec<Bucket> {
-    let bounds: [(&str, fn(i64) -> bool); 5] = [
+    let bounds: [(&str, Includes); 5] = [
         ("chosen shorter by 10 tokens or more", |d| d <= -10),
         ("chosen shorter by 1 to 9", |d| (-9..0).contains(&d)),
         ("same length", |d| d == 0),
