@@ -269,7 +269,7 @@ fn a_label_s_probability_is_a_cost() {
     let broken = TokenMean::new(2);
     {
         let _no_grad = rlhf_reward::tch::no_grad_guard();
-        let _ = broken.0.get(4).copy_(&Tensor::from_slice(&[f32::NAN, 0.0]));
+        broken.0.get(4).copy_(&Tensor::from_slice(&[f32::NAN, 0.0]));
     }
     let error = LabelProbability::new(broken, 0)
         .cost(&completions)

@@ -184,7 +184,7 @@ mod tests {
             ("none", None),
             ("", None),
             ("1e999", None),
-            ("π ≈ 3.14 …", Some(3.14)),
+            ("e ≈ 2.75 …", Some(2.75)),
         ] {
             assert_eq!(last_number(text), number, "{text}");
         }
