@@ -77,7 +77,7 @@
 //! |---|---|---|
 //! | [`core`] | `rlhf-core` | the traits that models implement, batches, sampling and generation, checkpoints, observers |
 //! | [`scale`] | `rlhf-scale` | AdamW with f32 masters, schedules, the update that every trainer uses, safetensors |
-//! | [`models`] | `rlhf-models` | GPT-2 and Llama from Hugging Face folders, tokenizers, datasets |
+//! | [`models`] | `rlhf-models` | models from Hugging Face folders, LoRA, tokenizers, datasets |
 //! | [`sft`] | `rlhf-sft` | supervised fine-tuning |
 //! | [`reward`] | `rlhf-reward` | Bradley-Terry and classification training of reward models |
 //! | [`dpo`] | `rlhf-dpo` | losses on preferences, without a reward model |
