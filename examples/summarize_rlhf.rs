@@ -4,8 +4,8 @@
 //! scripts/with-libtorch cargo run --release --example summarize_rlhf
 //! ```
 //!
-//! 1. The model writes a summary of some texts. A reward model learns to prefer what people wrote
-//!    for a text to that, and to what people wrote for another text.
+//! 1. The model writes summaries of some texts. A reward model learns to prefer what people wrote
+//!    for a text to that, to the first half of it, and to what people wrote for other texts.
 //! 2. PPO makes the model write summaries that the reward model likes, at a price for every nat
 //!    that it moves away from where it started.
 //! 3. Both are judged on texts that no stage has seen: by the reward model, and by ROUGE-L
@@ -24,12 +24,12 @@ use std::time::Instant;
 use clap::Parser;
 use rlhf::core::{
     Completions, Device, EpochConfig, GenerationConfig, JsonlObserver, Kind, Observer, Policy,
-    Preference, ProgressObserver, RngStreams, SamplingConfig, constraint_fn, generate, tch,
+    ProgressObserver, RngStreams, SamplingConfig, Sequence, constraint_fn, generate, tch,
 };
 use rlhf::models::{CausalLm, LoadOptions, SequenceClassifier, Tokenizer, ValueHeadModel};
 use rlhf::ppo::{Constraint, KlControl, MissingEos, OldLogprobs, PpoConfig, PpoTrainer};
-use rlhf::reward::{Normalized, RewardConfig, RewardTrainer};
-use rlhf::scale::{AdamWConfig, Schedule, UpdateConfig};
+use rlhf::reward::{Normalized, PairwiseTerms, Ranking, RankingConfig, RankingTrainer};
+use rlhf::scale::{AdamWConfig, ParamGroup, Schedule, UpdateConfig};
 use support::curves;
 use support::evaluate::{Evaluation, HeldOut, evaluate};
 use support::faithful::unsupported_names;
@@ -53,14 +53,13 @@ struct Options {
     #[arg(long)]
     data: Option<PathBuf>,
     /// PPO steps.
-    #[arg(long, default_value_t = 28)]
+    #[arg(long, default_value_t = 44)]
     steps: u64,
-    /// Texts of a PPO step.
+    /// Texts of a PPO step; each is summarised four times.
     #[arg(long, default_value_t = 32)]
     batch: usize,
-    /// Texts whose human summary the reward model compares with the model's own, and with the
-    /// human summary of another text.
-    #[arg(long, default_value_t = 1024)]
+    /// Texts whose human summary the reward model learns to prefer.
+    #[arg(long, default_value_t = 2600)]
     comparisons: usize,
     /// Seed of every random choice.
     #[arg(long, default_value_t = 1)]
@@ -79,7 +78,7 @@ struct Options {
     #[arg(long, default_value_t = 5e-4)]
     lr: f64,
     /// Price of a nat of divergence, in standard deviations of the reward.
-    #[arg(long, default_value_t = 0.05)]
+    #[arg(long, default_value_t = 0.1)]
     kl_coef: f64,
     /// Temperature of sampling, in every stage; 1 is the model's own distribution.
     #[arg(long, default_value_t = 1.0)]
@@ -159,8 +158,8 @@ fn run() -> Result<()> {
 
 /// The metrics of the progress line.
 const SHOWN: [&str; 5] = [
-    "reward/loss",
-    "reward/accuracy",
+    "ranking/loss",
+    "ranking/accuracy",
     "ppo/score/mean",
     "ppo/kl",
     "ppo/finished",
@@ -186,48 +185,12 @@ impl Run {
         reference: &CausalLm,
         observers: &mut [Box<dyn Observer>],
     ) -> Result<(Reward, f64)> {
-        let count = self.options.comparisons.min(self.train.len());
-        let steps = (2 * count).div_ceil(REWARD_BATCH) as u64;
-        let config = RewardConfig {
-            update: UpdateConfig {
-                optimizer: AdamWConfig {
-                    lr: 3e-4,
-                    ..AdamWConfig::default()
-                },
-                schedule: Schedule::linear(steps / 10, steps),
-                ..UpdateConfig::default()
-            },
-            microbatch_size: REWARD_BATCH,
-            // Comparisons say nothing of how one text's scores compare with another's: keep them
-            // level, or that difference drowns what the policy can change.
-            center_coef: 0.1,
+        let model = match &self.options.reward_model {
+            Some(dir) => SequenceClassifier::from_pretrained(dir, &self.load)?,
+            None => self.train_reward_model(reference, observers)?,
         };
-        let trainer = match &self.options.reward_model {
-            Some(dir) => RewardTrainer::new(
-                SequenceClassifier::from_pretrained(dir, &self.load)?,
-                config,
-            )?,
-            None => {
-                let seed = self.options.seed;
-                let model = SequenceClassifier::from_causal_lm(reference, 1, seed)?;
-                let mut trainer = RewardTrainer::new(model, config)?;
-                let mut pairs = self.comparisons(reference, &self.train[..count], 0)?;
-                pairs.extend(self.mismatches(&self.train[..count])?);
-                let epochs = EpochConfig {
-                    batch_size: REWARD_BATCH,
-                    seed,
-                    ..EpochConfig::default()
-                };
-                trainer.train(&pairs, &epochs, observers)?;
-                let dir = self.options.out.join("reward_model");
-                trainer.model().save_pretrained(&dir)?;
-                self.task.tokenizer().save(&dir)?;
-                trainer
-            }
-        };
-        let unseen = &self.held_out.pairs;
-        let unseen = &unseen[..unseen.len().min(HELD_OUT_COMPARISONS)];
-        let unseen = self.comparisons(reference, unseen, HELD_OUT_SAMPLES)?;
+        let unseen = self.comparisons(reference)?;
+        let trainer = RankingTrainer::new(model, RankingConfig::default())?;
         let accuracy = trainer.evaluate(&unseen)?.accuracy;
         println!(
             "human summary preferred to the model's own: {:.1}% of {} held-out pairs",
@@ -239,41 +202,118 @@ impl Run {
         Ok((Normalized::fit(trainer.into_model(), [&own])?, accuracy))
     }
 
-    /// The human summary of each text against the model's own.
-    fn comparisons(
+    fn train_reward_model(
         &self,
-        model: &CausalLm,
-        pairs: &[Pair],
-        first_index: u64,
-    ) -> Result<Vec<Preference>> {
-        let own = self.generate(model, pairs, first_index)?;
-        let own = own.batch.into_sequences();
-        pairs
-            .iter()
-            .zip(own)
-            .map(|(pair, own)| {
-                let human = self.task.response(&pair.summary)?;
-                Ok(Preference::new(own.prompt, human, own.response))
-            })
-            .collect()
+        reference: &CausalLm,
+        observers: &mut [Box<dyn Observer>],
+    ) -> Result<SequenceClassifier> {
+        let rankings = self.rankings(reference)?;
+        let epochs = EpochConfig {
+            batch_size: REWARD_BATCH,
+            seed: self.options.seed,
+            ..EpochConfig::default()
+        };
+        let steps = epochs.total_steps(rankings.len());
+        let config = RankingConfig {
+            update: UpdateConfig {
+                optimizer: AdamWConfig {
+                    lr: 3e-4,
+                    // The head starts from nothing, the rest from a language model.
+                    groups: vec![ParamGroup {
+                        params: vec!["score.*".into()],
+                        lr: Some(3e-3),
+                        ..ParamGroup::default()
+                    }],
+                    ..AdamWConfig::default()
+                },
+                schedule: Schedule::linear(steps / 10, steps),
+                ..UpdateConfig::default()
+            },
+            terms: PairwiseTerms {
+                // Comparisons say nothing of how one text's scores compare with another's: keep
+                // them level, or that difference drowns what the policy can change.
+                center_coef: 0.05,
+                ..PairwiseTerms::default()
+            },
+            microbatch_size: REWARD_BATCH,
+        };
+        let model = SequenceClassifier::from_causal_lm(reference, 1, self.options.seed)?;
+        let mut trainer = RankingTrainer::new(model, config)?;
+        trainer.train(&rankings, &epochs, observers)?;
+        let dir = self.options.out.join("reward_model");
+        trainer.model().save_pretrained(&dir)?;
+        self.task.tokenizer().save(&dir)?;
+        Ok(trainer.into_model())
     }
 
-    /// The human summary of each text against that of the next text: to be preferred, a summary
-    /// must fit its text, not only read well.
-    fn mismatches(&self, pairs: &[Pair]) -> Result<Vec<Preference>> {
-        let next = pairs.iter().cycle().skip(1);
-        pairs
+    /// For each text, the human summary before one that the model wrote, before its own first
+    /// half, and before human summaries of other texts: to be liked, a summary must read well, be
+    /// whole and fit its text. Every human summary is also among the worse answers of other
+    /// texts, so that it cannot be liked for itself; and what is compared is about as long, so
+    /// that length decides nothing.
+    fn rankings(&self, model: &CausalLm) -> Result<Vec<Ranking>> {
+        let texts = &self.train[..self.options.comparisons.min(self.train.len())];
+        let human: Vec<Vec<i64>> = texts
             .iter()
-            .zip(next)
-            .map(|(pair, other)| {
-                let chosen = self.task.response(&pair.summary)?;
-                let rejected = self.task.response(&other.summary)?;
-                Ok(Preference::new(
-                    self.task.prompt(&pair.text)?,
-                    chosen,
-                    rejected,
-                ))
+            .map(|pair| self.task.response(&pair.summary))
+            .collect::<Result<_>>()?;
+        let own = self.samples_of_length(model, texts, &human)?;
+        let mut by_length: Vec<usize> = (0..human.len()).collect();
+        by_length.sort_by_key(|&i| human[i].len());
+        let mut rankings = Vec::with_capacity(texts.len());
+        for (place, &i) in by_length.iter().enumerate() {
+            let mut answers = vec![human[i].clone(), own[i].response.clone()];
+            let words = human[i].len() - 1;
+            answers.push([&human[i][..words.div_ceil(2)], &[self.task.stop()]].concat());
+            for step in [1, 4] {
+                answers.push(human[by_length[(place + step) % human.len()]].clone());
+            }
+            rankings.push(Ranking {
+                prompt: Arc::clone(&own[i].prompt),
+                ranks: (0..answers.len()).map(|k| u32::from(k > 0)).collect(),
+                answers,
+                weight: 1.0,
+            });
+        }
+        Ok(rankings)
+    }
+
+    /// A summary of each text by the model: of several, the one nearest in length to the human
+    /// summary.
+    fn samples_of_length(
+        &self,
+        model: &CausalLm,
+        texts: &[Pair],
+        human: &[Vec<i64>],
+    ) -> Result<Vec<Sequence>> {
+        let config = GenerationConfig {
+            samples_per_prompt: SAMPLES_PER_TEXT,
+            ..self.generation()
+        };
+        let streams = RngStreams::new(self.options.seed);
+        let written = generate(model, &self.prompts(texts)?, &config, &streams, 0)?;
+        let samples = written.batch.into_sequences();
+        let nearest = |(several, human): (&[Sequence], &Vec<i64>)| {
+            let distance = |s: &&Sequence| s.response.len().abs_diff(human.len());
+            several.iter().min_by_key(distance).cloned()
+        };
+        let chosen = samples.chunks(SAMPLES_PER_TEXT).zip(human).map(nearest);
+        Ok(chosen.flatten().collect())
+    }
+
+    /// For some held-out texts, the human summary before one that the model wrote.
+    fn comparisons(&self, model: &CausalLm) -> Result<Vec<Ranking>> {
+        let texts = &self.held_out.pairs;
+        let own = self.generate(model, texts, HELD_OUT_SAMPLES)?;
+        texts
+            .iter()
+            .zip(own.batch.into_sequences())
+            .map(|(pair, own)| {
+                let human = self.task.response(&pair.summary)?;
+                Ok(Ranking::best_first(own.prompt, vec![human, own.response]))
             })
+            // Where the model wrote what the person did, there is nothing to compare.
+            .filter(|r| !r.as_ref().is_ok_and(|r| r.comparisons().is_empty()))
             .collect()
     }
 
@@ -282,15 +322,18 @@ impl Run {
         let config = PpoConfig {
             seed: options.seed,
             batch_size: options.batch,
-            ppo_epochs: 2,
+            ppo_epochs: 1,
             minibatches: 2,
-            microbatch_size: 32,
+            microbatch_size: 64,
             kl_control: KlControl::Fixed {
                 kl_coef: options.kl_coef,
             },
             // An unfinished summary counts as two deviations worse than the usual one.
             missing_eos: MissingEos::Replace(-2.0),
-            generation: self.generation(),
+            generation: GenerationConfig {
+                samples_per_prompt: SAMPLES_PER_TEXT,
+                ..self.generation()
+            },
             // No filter shapes the samples, so their log-probs are the policy's own.
             old_logprobs: OldLogprobs::Sampled,
             update: UpdateConfig {
@@ -336,6 +379,7 @@ impl Run {
                 ..SamplingConfig::default()
             },
             stop_token_ids: vec![self.task.stop()],
+            batch_size: 128,
             ..GenerationConfig::default()
         }
     }
@@ -377,8 +421,9 @@ impl Run {
 }
 
 const REWARD_BATCH: usize = 16;
-const HELD_OUT_COMPARISONS: usize = 200;
-const CALIBRATION_TEXTS: usize = 128;
+/// Samples of one text share its forward pass.
+const SAMPLES_PER_TEXT: usize = 4;
+const CALIBRATION_TEXTS: usize = 512;
 /// Where the random numbers of each use of `generate` start, so that none is used twice.
 const HELD_OUT_SAMPLES: u64 = 1 << 32;
 const CALIBRATION_SAMPLES: u64 = 2 << 32;
