@@ -21,7 +21,7 @@ use crate::{Error, Heads, PairwiseTerms, Result, Skipped, pairwise_metrics};
 pub struct RewardConfig {
     /// Optimiser, schedule and clipping.
     pub update: UpdateConfig,
-    /// `κ` of [`pairwise_loss`]: how strongly scores are pulled towards 0. Eisenstein et al. 2023
+    /// `κ` of [`pairwise_loss`](crate::pairwise_loss): how strongly scores are pulled towards 0. Eisenstein et al. 2023
     /// use 0.01.
     pub center_coef: f64,
     /// Pairs that are in memory at once. The result of a step does not depend on it, but for
@@ -71,7 +71,8 @@ pub(crate) fn check_microbatch_size(size: usize) -> Result<()> {
     }
 }
 
-/// Trains a [`Scorer`] on comparisons with the Bradley-Terry loss ([`pairwise_loss`]).
+/// Trains a [`Scorer`] on comparisons with the Bradley-Terry loss
+/// ([`pairwise_loss`](crate::pairwise_loss)).
 ///
 /// One [`step`](Self::step) at a time, or epochs over a dataset with [`train`](Self::train).
 /// Margins and weights of the pairs are used where they are given. A pair whose answers are equal,
