@@ -33,6 +33,11 @@ fn step(model: &CausalLm, seed: i64) -> (Tensor, Vec<(String, Tensor)>) {
     (loss.detach(), gradients)
 }
 
+/// Equal but for rounding: without gradients other kernels run.
+fn close(left: &Tensor, right: &Tensor) -> bool {
+    left.allclose(right, 1e-5, 1e-5, false)
+}
+
 #[test]
 fn dropout_acts_in_training_alone_and_is_computed_again_as_it_was() {
     for (name, adapter) in [("llama", "llama_all_rslora"), ("gpt2", "gpt2_attn_mlp")] {
@@ -56,21 +61,21 @@ fn dropout_acts_in_training_alone_and_is_computed_again_as_it_was() {
         let expected = logprobs(&plain).detach();
         {
             let _guard = tch::no_grad_guard();
-            assert!(logprobs(&model).equal(&expected));
+            assert!(close(&logprobs(&model), &expected));
         }
-        assert!(logprobs(&model.snapshot().unwrap()).equal(&expected));
+        assert!(close(&logprobs(&model.snapshot().unwrap()), &expected));
         model.set_trainable(false);
-        assert!(logprobs(&model).equal(&expected));
+        assert!(close(&logprobs(&model), &expected));
         model.set_trainable(true);
         model.set_dropout_active(false);
-        assert!(logprobs(&model).equal(&expected));
+        assert!(close(&logprobs(&model), &expected));
         assert!(!model.try_clone().unwrap().is_dropout_active());
         model.set_dropout_active(true);
 
         // In training it acts, and depends on the generator alone.
         let (loss, gradients) = step(&model, 1);
-        assert!(!loss.equal(&logprobs(&plain).detach().sum(Kind::Float)));
-        assert!(!loss.equal(&step(&model, 2).0));
+        assert!(!close(&loss, &expected.sum(Kind::Float)));
+        assert!(!close(&loss, &step(&model, 2).0));
         assert!(loss.equal(&step(&model, 1).0));
 
         for policy in [
