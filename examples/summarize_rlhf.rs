@@ -53,7 +53,7 @@ struct Options {
     #[arg(long)]
     data: Option<PathBuf>,
     /// PPO steps.
-    #[arg(long, default_value_t = 44)]
+    #[arg(long, default_value_t = 62)]
     steps: u64,
     /// Texts of a PPO step; each is summarised four times.
     #[arg(long, default_value_t = 32)]
@@ -78,7 +78,7 @@ struct Options {
     #[arg(long, default_value_t = 5e-4)]
     lr: f64,
     /// Price of a nat of divergence, in standard deviations of the reward.
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, default_value_t = 0.08)]
     kl_coef: f64,
     /// Temperature of sampling, in every stage; 1 is the model's own distribution.
     #[arg(long, default_value_t = 1.0)]
