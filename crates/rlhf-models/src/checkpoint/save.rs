@@ -36,9 +36,9 @@ impl Default for SaveOptions {
 
 /// Writes weights, rounded to `kind`, and `config.json`.
 ///
-/// All files are written beside their places first. A folder that held a model holds the old one,
-/// the new one, or, for the moment between two renames of shards, none that can be loaded; never a
-/// mixture.
+/// All files are written beside their places first, and no file is ever half there. A crash in the
+/// midst of the renames leaves a folder of shards without its index, which cannot be loaded; a
+/// folder of one file may then have the new weights beside the old `config.json`.
 pub(crate) fn write_model(
     dir: &Path,
     weights: Vec<(String, Tensor)>,
