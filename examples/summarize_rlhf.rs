@@ -24,15 +24,16 @@ use std::time::Instant;
 use clap::Parser;
 use rlhf::core::{
     Completions, Device, EpochConfig, GenerationConfig, JsonlObserver, Kind, Observer, Policy,
-    ProgressObserver, RngStreams, SamplingConfig, Sequence, constraint_fn, generate, tch,
+    ProgressObserver, RngStreams, SamplingConfig, constraint_fn, generate, tch,
 };
 use rlhf::models::{CausalLm, LoadOptions, SequenceClassifier, Tokenizer, ValueHeadModel};
 use rlhf::ppo::{Constraint, KlControl, MissingEos, OldLogprobs, PpoConfig, PpoTrainer};
-use rlhf::reward::{Normalized, PairwiseTerms, Ranking, RankingConfig, RankingTrainer};
+use rlhf::reward::{Normalized, PairwiseTerms, RankingConfig, RankingTrainer};
 use rlhf::scale::{AdamWConfig, ParamGroup, Schedule, UpdateConfig};
 use support::curves;
 use support::evaluate::{Evaluation, HeldOut, evaluate};
 use support::faithful::unsupported_names;
+use support::rankings::{comparisons, rankings};
 use support::report::{Report, print_examples};
 use support::task::{Pair, SummaryTask, read_pairs};
 
@@ -189,7 +190,9 @@ impl Run {
             Some(dir) => SequenceClassifier::from_pretrained(dir, &self.load)?,
             None => self.train_reward_model(reference, observers)?,
         };
-        let unseen = self.comparisons(reference)?;
+        let texts = &self.held_out.pairs;
+        let own = self.generate(reference, texts, HELD_OUT_SAMPLES)?;
+        let unseen = comparisons(&self.task, texts, own.batch.into_sequences())?;
         let trainer = RankingTrainer::new(model, RankingConfig::default())?;
         let accuracy = trainer.evaluate(&unseen)?.accuracy;
         println!(
@@ -207,7 +210,13 @@ impl Run {
         reference: &CausalLm,
         observers: &mut [Box<dyn Observer>],
     ) -> Result<SequenceClassifier> {
-        let rankings = self.rankings(reference)?;
+        let texts = &self.train[..self.options.comparisons.min(self.train.len())];
+        let several = GenerationConfig {
+            samples_per_prompt: SAMPLES_PER_TEXT,
+            ..self.generation()
+        };
+        let own = self.write(reference, texts, &several, 0)?;
+        let rankings = rankings(&self.task, texts, own.batch.sequences())?;
         let epochs = EpochConfig {
             batch_size: REWARD_BATCH,
             seed: self.options.seed,
@@ -244,77 +253,6 @@ impl Run {
         trainer.model().save_pretrained(&dir)?;
         self.task.tokenizer().save(&dir)?;
         Ok(trainer.into_model())
-    }
-
-    /// For each text, the human summary before one that the model wrote, before its own first
-    /// half, and before human summaries of other texts: to be liked, a summary must read well, be
-    /// whole and fit its text. Every human summary is also among the worse answers of other
-    /// texts, so that it cannot be liked for itself; and what is compared is about as long, so
-    /// that length decides nothing.
-    fn rankings(&self, model: &CausalLm) -> Result<Vec<Ranking>> {
-        let texts = &self.train[..self.options.comparisons.min(self.train.len())];
-        let human: Vec<Vec<i64>> = texts
-            .iter()
-            .map(|pair| self.task.response(&pair.summary))
-            .collect::<Result<_>>()?;
-        let own = self.samples_of_length(model, texts, &human)?;
-        let mut by_length: Vec<usize> = (0..human.len()).collect();
-        by_length.sort_by_key(|&i| human[i].len());
-        let mut rankings = Vec::with_capacity(texts.len());
-        for (place, &i) in by_length.iter().enumerate() {
-            let mut answers = vec![human[i].clone(), own[i].response.clone()];
-            let words = human[i].len() - 1;
-            answers.push([&human[i][..words.div_ceil(2)], &[self.task.stop()]].concat());
-            for step in [1, 4] {
-                answers.push(human[by_length[(place + step) % human.len()]].clone());
-            }
-            rankings.push(Ranking {
-                prompt: Arc::clone(&own[i].prompt),
-                ranks: (0..answers.len()).map(|k| u32::from(k > 0)).collect(),
-                answers,
-                weight: 1.0,
-            });
-        }
-        Ok(rankings)
-    }
-
-    /// A summary of each text by the model: of several, the one nearest in length to the human
-    /// summary.
-    fn samples_of_length(
-        &self,
-        model: &CausalLm,
-        texts: &[Pair],
-        human: &[Vec<i64>],
-    ) -> Result<Vec<Sequence>> {
-        let config = GenerationConfig {
-            samples_per_prompt: SAMPLES_PER_TEXT,
-            ..self.generation()
-        };
-        let streams = RngStreams::new(self.options.seed);
-        let written = generate(model, &self.prompts(texts)?, &config, &streams, 0)?;
-        let samples = written.batch.into_sequences();
-        let nearest = |(several, human): (&[Sequence], &Vec<i64>)| {
-            let distance = |s: &&Sequence| s.response.len().abs_diff(human.len());
-            several.iter().min_by_key(distance).cloned()
-        };
-        let chosen = samples.chunks(SAMPLES_PER_TEXT).zip(human).map(nearest);
-        Ok(chosen.flatten().collect())
-    }
-
-    /// For some held-out texts, the human summary before one that the model wrote.
-    fn comparisons(&self, model: &CausalLm) -> Result<Vec<Ranking>> {
-        let texts = &self.held_out.pairs;
-        let own = self.generate(model, texts, HELD_OUT_SAMPLES)?;
-        texts
-            .iter()
-            .zip(own.batch.into_sequences())
-            .map(|(pair, own)| {
-                let human = self.task.response(&pair.summary)?;
-                Ok(Ranking::best_first(own.prompt, vec![human, own.response]))
-            })
-            // Where the model wrote what the person did, there is nothing to compare.
-            .filter(|r| !r.as_ref().is_ok_and(|r| r.comparisons().is_empty()))
-            .collect()
     }
 
     fn ppo_trainer(&self, reference: CausalLm, reward: Reward) -> Result<Trainer> {
@@ -385,13 +323,22 @@ impl Run {
     }
 
     fn generate(&self, model: &CausalLm, pairs: &[Pair], first_index: u64) -> Result<Completions> {
+        self.write(model, pairs, &self.generation(), first_index)
+    }
+
+    fn write(
+        &self,
+        model: &CausalLm,
+        pairs: &[Pair],
+        generation: &GenerationConfig,
+        first_index: u64,
+    ) -> Result<Completions> {
         let streams = RngStreams::new(self.options.seed);
         let prompts = self.prompts(pairs)?;
-        let generation = self.generation();
         Ok(generate(
             model,
             &prompts,
-            &generation,
+            generation,
             &streams,
             first_index,
         )?)

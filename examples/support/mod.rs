@@ -6,6 +6,7 @@ pub mod curves;
 pub mod evaluate;
 pub mod exercises;
 pub mod faithful;
+pub mod rankings;
 pub mod report;
 pub mod task;
 
