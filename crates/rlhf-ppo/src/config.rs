@@ -4,7 +4,8 @@ use rlhf_core::{Error, GenerationConfig, SamplingConfig};
 use rlhf_scale::{AdamWConfig, Schedule, UpdateConfig};
 use serde::{Deserialize, Serialize};
 
-use crate::{KlControl, KlEstimator, MissingEos, Result, ScorePosition, Whitening};
+use crate::microbatching::Microbatching;
+use crate::{Clip, KlControl, KlEstimator, MissingEos, Result, ScorePosition, Whitening};
 
 /// Where the log-probabilities that ratios are taken against come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -146,6 +147,18 @@ impl PpoConfig {
     /// Optimiser steps in `steps` steps of training: the unit of `update.schedule`.
     pub fn optimizer_steps(&self, steps: u64) -> u64 {
         steps * (self.ppo_epochs * self.minibatches) as u64
+    }
+
+    /// How far ratios count.
+    pub fn clip(&self) -> Clip {
+        Clip::symmetric(self.cliprange)
+    }
+
+    pub(crate) fn microbatching(&self) -> Microbatching {
+        Microbatching {
+            sequences: self.microbatch_size,
+            tokens: None,
+        }
     }
 
     /// The temperature of sampling and of all log-probabilities.

@@ -104,12 +104,15 @@
 //! | `ppo/time/rollout_s`, `ppo/time/update_s` | seconds, the only numbers that differ from run to run |
 
 mod advantages;
+mod completions;
 mod config;
 mod constraint;
 mod error;
 mod kl_control;
 mod kl_estimator;
+mod length_penalty;
 mod measure;
+mod microbatching;
 mod minibatch;
 mod missing_eos;
 mod order;
@@ -130,9 +133,13 @@ pub use constraint::Constraint;
 pub use error::{Error, Result};
 pub use kl_control::{KlControl, KlController};
 pub use kl_estimator::KlEstimator;
+pub use length_penalty::LengthPenalty;
 pub use minibatch::MinibatchStats;
 pub use missing_eos::MissingEos;
-pub use policy_loss::{LOG_RATIO_LIMIT, PolicyLoss, PolicyLossInput, policy_loss};
+pub use policy_loss::{
+    Clip, LOG_RATIO_LIMIT, PolicyLoss, PolicyLossInput, Surrogate, log_ratios, policy_loss,
+    surrogate,
+};
 pub use rewards::{ScorePosition, ShapedRewards, ShapedRewardsInput, shaped_rewards};
 pub use rollout::Rollout;
 pub use trainer::PpoTrainer;

@@ -5,7 +5,16 @@ use rlhf_core::{
 };
 use tch::{Device, Kind, Tensor};
 
+use crate::microbatching::Microbatching;
 use crate::{Constraint, Error, Result};
+
+/// How models are run over finished responses.
+#[derive(Clone, Copy)]
+pub(crate) struct Forward {
+    /// Divides the logits.
+    pub(crate) temperature: f64,
+    pub(crate) microbatching: Microbatching,
+}
 
 /// One finite number per completion, on the CPU.
 fn judgement(model: &str, numbers: &Tensor, rows: usize) -> Result<Vec<f64>> {
@@ -57,18 +66,19 @@ pub(crate) fn costs(constraint: &Constraint, completions: &Completions) -> Resul
 pub(crate) fn logprobs(
     what: &'static str,
     policy: &dyn Policy,
-    batch: &SequenceBatch,
-    temperature: f64,
-    microbatch_size: usize,
+    completions: &Completions,
+    forward: Forward,
 ) -> Result<Tensor> {
     let options = LogprobOptions {
-        temperature,
+        temperature: forward.temperature,
         entropy: false,
     };
+    let batch = &completions.batch;
     let width = batch.max_response_len() as i64;
-    let logprobs = by_microbatch(batch, microbatch_size, width, |microbatch| {
-        let out = policy.logprobs(microbatch, &options)?;
-        check_shape("logprobs", &out.logprobs, microbatch, 0)?;
+    let logprobs = by_microbatch(batch, forward.microbatching, width, |rows| {
+        let part = batch.select(rows)?;
+        let out = policy.logprobs(&part, &options)?;
+        check_shape("logprobs", &out.logprobs, &part, 0)?;
         Ok(out.logprobs)
     })?;
     check_finite(what, &logprobs)?;
@@ -100,12 +110,13 @@ pub(crate) fn sampled_logprobs(batch: &SequenceBatch, sampled: &[Vec<f32>]) -> R
 pub(crate) fn values(
     model: &dyn ValueModel,
     batch: &SequenceBatch,
-    microbatch_size: usize,
+    microbatching: Microbatching,
 ) -> Result<Tensor> {
     let width = batch.max_response_len() as i64 + 1;
-    by_microbatch(batch, microbatch_size, width, |microbatch| {
-        let values = model.values(microbatch)?;
-        check_shape("values", &values, microbatch, 1)?;
+    by_microbatch(batch, microbatching, width, |rows| {
+        let part = batch.select(rows)?;
+        let values = model.values(&part)?;
+        check_shape("values", &values, &part, 1)?;
         Ok(values)
     })
 }
@@ -113,15 +124,16 @@ pub(crate) fn values(
 /// Runs `f` over microbatches and stacks what it returns, padded with 0 to `width` columns.
 fn by_microbatch(
     batch: &SequenceBatch,
-    microbatch_size: usize,
+    microbatching: Microbatching,
     width: i64,
-    f: impl Fn(&SequenceBatch) -> Result<Tensor>,
+    f: impl Fn(&[usize]) -> Result<Tensor>,
 ) -> Result<Tensor> {
     let rows: Vec<usize> = (0..batch.len()).collect();
-    let parts = rows
-        .chunks(microbatch_size)
+    let parts = microbatching
+        .cut(batch, &rows)
+        .into_iter()
         .map(|rows| {
-            let part = f(&batch.select(rows)?)?.f_to_kind(Kind::Float)?;
+            let part = f(rows)?.f_to_kind(Kind::Float)?;
             let missing = width - part.size()[1];
             Ok(part.f_constant_pad_nd([0, missing])?)
         })

@@ -82,7 +82,8 @@ pub(crate) fn microbatch_loss(
         old_logprobs: &microbatch.old_logprobs.to_device(device),
         advantages: &microbatch.advantages.to_device(device),
         mask: &mask,
-        cliprange: config.cliprange,
+        weights: None,
+        clip: config.clip(),
         tokens: counts.tokens,
     })?;
     let value_part = value_loss(&ValueLossInput {

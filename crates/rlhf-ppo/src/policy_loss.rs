@@ -7,6 +7,73 @@ use tch::{Kind, Tensor};
 /// OpenRLHF, so that no ratio overflows. Far outside any clip range.
 pub const LOG_RATIO_LIMIT: f64 = 20.0;
 
+/// How far a token's ratio may carry its loss.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Clip {
+    /// Ratios count down to `1 − low`.
+    pub low: f64,
+    /// Ratios count up to `1 + high`.
+    pub high: f64,
+    /// Dual clip (Ye et al. 2020, arXiv 1912.09729, equation 4): where the advantage is negative,
+    /// the loss is at most `c |A|`, however large the ratio. `c > 1`; verl has 3.
+    pub dual: Option<f64>,
+}
+
+impl Clip {
+    /// The same range on both sides, no dual clip.
+    pub const fn symmetric(cliprange: f64) -> Self {
+        Self {
+            low: cliprange,
+            high: cliprange,
+            dual: None,
+        }
+    }
+}
+
+/// What [`surrogate`] returns, one number a token, neither masked nor reduced.
+#[derive(Debug)]
+pub struct Surrogate {
+    /// The loss; differentiable.
+    pub loss: Tensor,
+    /// Where the ratio was clipped to the loss's disadvantage, bool.
+    pub clipped: Tensor,
+    /// Where the dual clip bounded the loss, bool; `None` without one.
+    pub dual_clipped: Option<Tensor>,
+}
+
+/// `max(−A ρ, −A clip(ρ, 1 − low, 1 + high))` of each element, bounded by the dual clip.
+///
+/// # Shapes
+/// `ratio` of any shape, `advantages` of the same or one that broadcasts to it.
+pub fn surrogate(ratio: &Tensor, advantages: &Tensor, clip: Clip) -> Surrogate {
+    let clipped_ratio = ratio.clamp(1.0 - clip.low, 1.0 + clip.high);
+    let unclipped = -(advantages * ratio);
+    let clipped = -(advantages * clipped_ratio);
+    let mut loss = unclipped.maximum(&clipped);
+    let dual_clipped = clip.dual.map(|c| {
+        let bound = advantages * -c;
+        let bounded = loss.gt_tensor(&bound).logical_and(&advantages.lt(0.0));
+        loss = bound.where_self(&bounded, &loss);
+        bounded
+    });
+    Surrogate {
+        clipped: clipped.gt_tensor(&unclipped),
+        dual_clipped,
+        loss,
+    }
+}
+
+/// `logprobs − old_logprobs` within plus and minus [`LOG_RATIO_LIMIT`], and 0 outside the mask:
+/// what is outside may be anything, and must not reach the gradient.
+///
+/// # Shapes
+/// All of one shape.
+pub fn log_ratios(logprobs: &Tensor, old_logprobs: &Tensor, mask: &Tensor) -> Tensor {
+    (logprobs - old_logprobs)
+        .masked_fill(&mask.logical_not(), 0.0)
+        .clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+}
+
 /// What [`policy_loss`] reads. All tensors are `[B, R]`.
 #[derive(Debug)]
 pub struct PolicyLossInput<'a> {
@@ -18,8 +85,11 @@ pub struct PolicyLossInput<'a> {
     pub advantages: &'a Tensor,
     /// Tokens that take part, bool.
     pub mask: &'a Tensor,
-    /// Ratios count within `1 ± cliprange`.
-    pub cliprange: f64,
+    /// Factor of each token's loss: the importance of a token that another distribution than
+    /// `old_logprobs` was sampled from. `None` for 1. The statistics are not weighted.
+    pub weights: Option<&'a Tensor>,
+    /// How far ratios count.
+    pub clip: Clip,
     /// Tokens that take part in the **whole minibatch**, of which this may be one microbatch:
     /// the denominator of every reduction.
     pub tokens: f64,
@@ -36,6 +106,8 @@ pub struct PolicyLoss {
     pub approx_kl: Tensor,
     /// Share of the tokens whose ratio was clipped to the loss's disadvantage.
     pub clipfrac: Tensor,
+    /// Share of the tokens whose loss the dual clip bounded; 0 without one.
+    pub dual_clipfrac: Tensor,
     /// The ratio `ρ`.
     pub ratio: Tensor,
     /// `(ρ − 1)²`. The variance of the ratio is this less `(mean ρ − 1)²`, which is exact where
@@ -43,7 +115,7 @@ pub struct PolicyLoss {
     pub ratio_deviation: Tensor,
 }
 
-/// `max(−A ρ, −A clip(ρ, 1 ± cliprange))` with `ρ = exp(logprob − old_logprob)`
+/// The clipped [`surrogate`] of `ρ = exp(logprob − old_logprob)`
 /// (Schulman et al. 2017, arXiv 1707.06347, equation 7), summed over the mask and divided by
 /// `tokens`.
 ///
@@ -57,24 +129,33 @@ pub fn policy_loss(input: &PolicyLossInput<'_>) -> Result<PolicyLoss> {
     ] {
         check_same_shape(("logprobs", input.logprobs), (name, tensor))?;
     }
+    if let Some(weights) = input.weights {
+        check_same_shape(("logprobs", input.logprobs), ("weights", weights))?;
+    }
     check_denominator(input.tokens)?;
     let mean = |x: &Tensor| masked_sum(x, input.mask) / input.tokens;
+    let share = |x: &Tensor| mean(&x.to_kind(Kind::Float));
 
-    // Masked first: what is outside may be anything, and must not reach the gradient.
-    let log_ratio = (input.logprobs - input.old_logprobs)
-        .masked_fill(&input.mask.logical_not(), 0.0)
-        .clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT);
+    let log_ratio = log_ratios(input.logprobs, input.old_logprobs, input.mask);
     let ratio = log_ratio.exp();
-    let clipped_ratio = ratio.clamp(1.0 - input.cliprange, 1.0 + input.cliprange);
-    let unclipped = -(input.advantages * &ratio);
-    let clipped = -(input.advantages * clipped_ratio);
-    let loss = mean(&unclipped.maximum(&clipped));
+    let surrogate = surrogate(&ratio, input.advantages, input.clip);
+    let loss = match input.weights {
+        Some(weights) => {
+            let inside = weights.masked_fill(&input.mask.logical_not(), 0.0);
+            mean(&(surrogate.loss * inside))
+        }
+        None => mean(&surrogate.loss),
+    };
 
     let _no_grad = tch::no_grad_guard();
     Ok(PolicyLoss {
+        dual_clipfrac: match &surrogate.dual_clipped {
+            Some(bounded) => share(bounded),
+            None => loss.detach().zeros_like(),
+        },
         loss,
         approx_kl: mean(&(log_ratio.detach().square() * 0.5)),
-        clipfrac: mean(&clipped.gt_tensor(&unclipped).to_kind(Kind::Float)),
+        clipfrac: share(&surrogate.clipped),
         ratio: mean(&ratio.detach()),
         ratio_deviation: mean(&(ratio.detach() - 1.0).square()),
     })
@@ -101,6 +182,8 @@ mod tests {
         old_logprobs: Tensor,
         advantages: Tensor,
         mask: Tensor,
+        weights: Option<Tensor>,
+        clip: Clip,
     }
 
     impl Case {
@@ -113,6 +196,8 @@ mod tests {
                 old_logprobs: Tensor::from_slice2(&[[-1.0, -1.0], [-1.0, 0.0]]),
                 advantages: Tensor::from_slice2(&[[2.0, -2.0], [1.0, 9.0]]),
                 mask: Tensor::from_slice2(&[[true, true], [true, false]]),
+                weights: None,
+                clip: Clip::symmetric(0.2),
             }
         }
 
@@ -123,7 +208,8 @@ mod tests {
                 old_logprobs: &cut(&self.old_logprobs),
                 advantages: &cut(&self.advantages),
                 mask: &cut(&self.mask),
-                cliprange: 0.2,
+                weights: self.weights.as_ref().map(cut).as_ref(),
+                clip: self.clip,
                 tokens: 3.0,
             })
             .unwrap()
@@ -149,6 +235,63 @@ mod tests {
         assert_eq!(gradient[3], 0.0);
     }
 
+    /// The second token's ratio of 1.5 is within the dual bound of 2, and beyond that of 1.2; its
+    /// gradient is cut with it. Positive advantages know no second bound.
+    #[test]
+    fn the_dual_clip_bounds_bad_tokens() {
+        let number = |t: &Tensor| f64::try_from(t).unwrap();
+        let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-6, "{a} is not {b}");
+        for (dual, loss, share, slope) in [
+            (2.0, (-2.4 + 3.0 - 1.0) / 3.0, 0.0, 1.0),
+            (1.2, (-2.4 + 2.4 - 1.0) / 3.0, 1.0 / 3.0, 0.0),
+        ] {
+            let mut case = Case::new();
+            case.clip.dual = Some(dual);
+            let out = case.loss(0..2);
+            close(number(&out.loss), loss);
+            close(number(&out.dual_clipfrac), share);
+            close(number(&out.clipfrac), 1.0 / 3.0);
+            out.loss.backward();
+            let gradient = Vec::<f64>::try_from(case.logprobs.grad().view(-1)).unwrap();
+            close(gradient[1], slope);
+            close(gradient[2], -1.0 / 3.0);
+        }
+    }
+
+    #[test]
+    fn the_sides_of_the_clip_are_two() {
+        let mut case = Case::new();
+        case.clip.high = 0.4;
+        let out = case.loss(0..2);
+        let want = (-2.8 + 3.0 - 1.0) / 3.0;
+        assert!((f64::try_from(&out.loss).unwrap() - want).abs() < 1e-6);
+        // A good token that became unlikely is never clipped; a bad one is, at the lower side.
+        let ratio = Tensor::from_slice(&[0.5f64, 0.5]);
+        let clip = Clip {
+            low: 0.1,
+            ..Clip::symmetric(0.3)
+        };
+        let out = surrogate(&ratio, &Tensor::from_slice(&[1.0f64, -1.0]), clip);
+        assert_eq!(Vec::<f64>::try_from(out.loss).unwrap(), [-0.5, 0.9]);
+    }
+
+    #[test]
+    fn weights_scale_the_loss_alone() {
+        let mut case = Case::new();
+        case.weights = Some(Tensor::from_slice2(&[[0.5, 1.0], [2.0, f64::NAN]]));
+        let out = case.loss(0..2);
+        let want = (0.5 * -2.4 + 3.0 - 2.0) / 3.0;
+        assert!((f64::try_from(&out.loss).unwrap() - want).abs() < 1e-6);
+        let ratio = f64::try_from(&out.ratio).unwrap();
+        assert!((ratio - 4.0 / 3.0).abs() < 1e-6);
+        out.loss.backward();
+        let gradient = Vec::<f64>::try_from(case.logprobs.grad().view(-1)).unwrap();
+        let want = [0.0, 1.0, -2.0 / 3.0, 0.0];
+        for (got, want) in gradient.iter().zip(want) {
+            assert!((got - want).abs() < 1e-6, "{gradient:?}");
+        }
+    }
+
     #[test]
     fn microbatches_add_up() {
         let (case, split) = (Case::new(), Case::new());
@@ -166,7 +309,8 @@ mod tests {
             old_logprobs: &zeros,
             advantages: &zeros,
             mask: &zeros.to_kind(Kind::Bool),
-            cliprange: 0.2,
+            weights: None,
+            clip: Clip::symmetric(0.2),
             tokens: 0.0,
         });
         assert!(matches!(out, Err(Error::Empty { .. })));

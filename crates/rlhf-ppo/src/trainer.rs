@@ -4,17 +4,18 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rlhf_core::{
-    Completions, DataCursor, Detokenize, Generator, Policy, RewardModel, RngStreams, Shift, Stats,
-    ValueModel, joined_parameters,
+    Completions, DataCursor, Detokenize, Policy, RewardModel, RngStreams, Shift, Stats, ValueModel,
+    joined_parameters,
 };
 use rlhf_scale::Updater;
 use tch::Tensor;
 
+use crate::measure::Forward;
 use crate::minibatch::{Counts, microbatch_loss};
 use crate::order::{parts, shuffled};
 use crate::{
     Constraint, Error, GaeInput, KlController, MinibatchStats, OldLogprobs, PpoConfig, Result,
-    Rollout, ShapedRewardsInput, gae, measure, shaped_rewards, stats,
+    Rollout, ShapedRewardsInput, completions, gae, measure, shaped_rewards, stats,
 };
 
 /// Trains a policy and a value model by PPO against a reward model, held to a reference by a KL
@@ -115,14 +116,11 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
     /// Nothing is changed then.
     pub fn rollout(&mut self, prompts: &[Arc<[i64]>]) -> Result<Rollout> {
         // 1. The policy answers the prompts.
-        let rng = RngStreams::new(self.config.seed);
-        let first = self.completions_done;
+        let place = (self.config.seed, self.completions_done);
+        let detokenizer = self.detokenizer.as_deref();
         let generation = &self.config.generation;
-        let mut generator = Generator::new(&self.policy, generation)?;
-        if let Some(detokenizer) = &self.detokenizer {
-            generator = generator.with_detokenizer(detokenizer.as_ref());
-        }
-        let completions = generator.generate(prompts, &rng, first)?;
+        let completions =
+            completions::write(&self.policy, generation, detokenizer, prompts, place)?;
         let count = completions.batch.len() as u64;
         let rollout = self.evaluate(completions)?;
         self.completions_done += count;
@@ -137,12 +135,7 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
     pub fn evaluate(&self, completions: Completions) -> Result<Rollout> {
         let _no_grad = tch::no_grad_guard();
         let config = &self.config;
-        let completions = match &self.detokenizer {
-            Some(detokenizer) if completions.texts.is_none() => {
-                completions.decoded(detokenizer.as_ref())?
-            }
-            _ => completions,
-        };
+        let completions = completions::with_texts(completions, self.detokenizer.as_deref())?;
         let batch = &completions.batch;
 
         // 2. Each response is scored; one that breaks a constraint will not be learnt from.
@@ -165,18 +158,21 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
         }
 
         // 3. Log-probabilities of policy and reference, and values, of every token.
-        let (temperature, size) = (config.temperature(), config.microbatch_size);
+        let forward = Forward {
+            temperature: config.temperature(),
+            microbatching: config.microbatching(),
+        };
         let logprobs = match (&completions.sampling_logprobs, config.old_logprobs) {
             (Some(sampled), OldLogprobs::Sampled) => measure::sampled_logprobs(batch, sampled)?,
             _ => {
                 let what = "the policy's log-probability";
-                measure::logprobs(what, &self.policy, batch, temperature, size)?
+                measure::logprobs(what, &self.policy, &completions, forward)?
             }
         };
         let what = "the reference's log-probability";
         let reference = self.reference.as_ref();
-        let ref_logprobs = measure::logprobs(what, reference, batch, temperature, size)?;
-        let values = measure::values(&self.value_model, batch, size)?;
+        let ref_logprobs = measure::logprobs(what, reference, &completions, forward)?;
+        let values = measure::values(&self.value_model, batch, forward.microbatching)?;
 
         // 4. Rewards: the KL penalty at every token, the score at the end.
         let mask = batch.response_mask(tch::Device::Cpu);
@@ -284,8 +280,11 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
         // forward pass.
         let mut rows = rows.to_vec();
         rows.sort_unstable();
-        let microbatches = rows
-            .chunks(self.config.microbatch_size)
+        let batch = &rollout.completions.batch;
+        let microbatching = self.config.microbatching();
+        let microbatches = microbatching
+            .cut(batch, &rows)
+            .into_iter()
             .map(|rows| rollout.microbatch(rows))
             .collect::<Result<Vec<_>, _>>()?;
         let counts = Counts::of(&microbatches);

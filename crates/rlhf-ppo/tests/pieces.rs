@@ -8,8 +8,8 @@ use common::{Golden, assert_number, number};
 use rlhf_ppo::core::{FinishReason, Shift, Variance, masked_mean, masked_var, masked_whiten};
 use rlhf_ppo::tch::{Kind, Tensor};
 use rlhf_ppo::{
-    GaeInput, KlControl, KlController, KlEstimator, MissingEos, PolicyLossInput, ScorePosition,
-    ShapedRewardsInput, ValueLossInput, Whitening, gae, policy_loss, shaped_rewards,
+    Clip, GaeInput, KlControl, KlController, KlEstimator, MissingEos, PolicyLossInput,
+    ScorePosition, ShapedRewardsInput, ValueLossInput, Whitening, gae, policy_loss, shaped_rewards,
     truncate_after_stop, value_loss,
 };
 
@@ -99,7 +99,8 @@ fn losses_statistics_and_gradients() {
             old_logprobs: &case.tensor("old_logprobs"),
             advantages: &case.tensor("advantages"),
             mask: &mask,
-            cliprange: param("cliprange"),
+            weights: None,
+            clip: Clip::symmetric(param("cliprange")),
             tokens,
         })
         .unwrap();
