@@ -35,6 +35,14 @@ pub enum Error {
         /// The cost.
         value: f64,
     },
+    /// Answers that should be several to one prompt are not.
+    #[error("the answers from row {row} on are not {group_size} to one prompt")]
+    BrokenGroup {
+        /// The group's first row.
+        row: usize,
+        /// Answers to each prompt.
+        group_size: usize,
+    },
     /// A saved trainer was configured otherwise.
     #[error("{} was saved with {field} = {saved}, but this trainer has {current}", path.display())]
     ConfigMismatch {

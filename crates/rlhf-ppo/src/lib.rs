@@ -78,6 +78,8 @@
 //! - [`PpoTrainer`]: `train`, `step`, or `rollout` and `update`; its source is the algorithm from
 //!   top to bottom.
 //! - [`PpoConfig`]: the options, with the values of the N+ details paper and of TRL.
+//! - [`GrpoTrainer`] and [`GrpoConfig`]: the same without a critic, several answers to a prompt being
+//!   each other's baseline: GRPO, RLOO, DAPO, Dr. GRPO, BNPO, GSPO, CISPO.
 //! - [`Constraint`]: completions that must not be learnt from.
 //! - The pieces, for an algorithm of one's own: [`KlEstimator`], [`shaped_rewards`], [`gae`],
 //!   [`Whitening`], [`policy_loss`], [`value_loss`], [`KlController`], [`MissingEos`],
@@ -93,6 +95,9 @@
 //! | `ppo/kl` | estimated KL from the reference, nats **per sequence** |
 //! | `ppo/kl_coef` | coefficient of the penalty in this step |
 //! | `ppo/length`, `ppo/finished` | mean response length; share that wrote a stop token |
+//! | `ppo/distinct_1`, `ppo/distinct_2` | share of a response's tokens, and of its pairs of tokens, that repeat no other in it; mean over the responses |
+//! | `ppo/distinct_2_across` | distinct pairs of tokens of all responses over all pairs: low where all prompts get the same answer |
+//! | `ppo/score/length_correlation` | correlation of score and length over the responses |
 //! | `ppo/samples`, `ppo/samples_used` | responses; those that keep all constraints |
 //! | `ppo/constraint/NAME/violation_rate`, `…/mean_cost` | share above the threshold; mean cost |
 //! | `ppo/policy/loss`, `…/approx_kl`, `…/clipfrac`, `…/entropy`, `…/ratio`, `…/ratio_var` | see [`MinibatchStats`]; means over the step's minibatches |
@@ -102,12 +107,27 @@
 //! | `ppo/loss_scale`, `ppo/skipped` | with loss scaling: mean scale, share of steps skipped because a gradient overflowed |
 //! | `ppo/update_skipped` | 1 where no sample was left to learn from: the losses are missing then |
 //! | `ppo/time/rollout_s`, `ppo/time/update_s` | seconds, the only numbers that differ from run to run |
+//!
+//! [`GrpoTrainer`] reports the same under `grpo/`, without values, and:
+//!
+//! | metric | meaning |
+//! |---|---|
+//! | `grpo/score/NAME` | mean of each reward, where there are several |
+//! | `grpo/reward/mean`, `…/group_std` | weighted sum with all penalties; deviation among the answers to a prompt |
+//! | `grpo/groups/zero_std` | share of the prompts whose answers all have the same reward, and teach nothing |
+//! | `grpo/groups/sampled`, `…/dropped`, `…/rounds` | what dynamic sampling did |
+//! | `grpo/policy/kl_in_loss` | penalised divergence, nats **per token** |
+//! | `grpo/policy/clipfrac_low`, `…/clipfrac_high` | share of the ratios below their range where the advantage is negative, above it where it is positive |
+//! | `grpo/mismatch/mean`, `…/max` | difference of the log-probabilities that tokens were sampled with from the trainer's, nats |
+//! | `grpo/mismatch/weight` | mean of the importance weights that correct for it |
 
 mod advantages;
+mod answers;
 mod completions;
 mod config;
 mod constraint;
 mod error;
+mod grpo;
 mod kl_control;
 mod kl_estimator;
 mod length_penalty;
@@ -131,6 +151,13 @@ pub use advantages::{Gae, GaeInput, gae};
 pub use config::{OldLogprobs, PpoConfig};
 pub use constraint::Constraint;
 pub use error::{Error, Result};
+pub use grpo::{
+    AdvantageScale, Aggregation, Baseline, DynamicSampling, Excess, GroupAdvantages,
+    GroupAdvantagesInput, GroupLoss, GroupLossInput, GroupMinibatchStats, GroupRollout, GrpoConfig,
+    GrpoTrainer, KlPenalty, KlWeight, Mismatch, MixedRewards, Objective, OffPolicy, RatioLevel,
+    RewardMix, STD_EPSILON, SampledPrompts, TokenWeightsInput, Truncated, Unscored,
+    group_advantages, group_loss, importance_weights, mixed_rewards, token_weights,
+};
 pub use kl_control::{KlControl, KlController};
 pub use kl_estimator::KlEstimator;
 pub use length_penalty::LengthPenalty;

@@ -17,7 +17,7 @@ pub(crate) struct Forward {
 }
 
 /// One finite number per completion, on the CPU.
-fn judgement(model: &str, numbers: &Tensor, rows: usize) -> Result<Vec<f64>> {
+pub(crate) fn judgement(model: &str, numbers: &Tensor, rows: usize) -> Result<Vec<f64>> {
     if numbers.size() != [rows as i64] {
         return Err(Error::WrongJudgement {
             model: model.to_string(),

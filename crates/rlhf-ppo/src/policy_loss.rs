@@ -1,6 +1,7 @@
 //! The clipped surrogate objective.
 
 use rlhf_core::{Error, Result, check_same_shape, masked_sum};
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 /// Log-ratios are held within plus and minus this before they are exponentiated, as in verl and
@@ -8,7 +9,8 @@ use tch::{Kind, Tensor};
 pub const LOG_RATIO_LIMIT: f64 = 20.0;
 
 /// How far a token's ratio may carry its loss.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Clip {
     /// Ratios count down to `1 − low`.
     pub low: f64,

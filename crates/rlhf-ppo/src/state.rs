@@ -6,7 +6,7 @@ use rlhf_core::{Checkpoint, CheckpointStore, DataCursor, Error as CoreError, Pol
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Error, PpoConfig, PpoTrainer, Result};
+use crate::{Error, PpoTrainer, Result};
 
 const STATE_FILE: &str = "ppo.json";
 
@@ -87,7 +87,7 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
 }
 
 /// The options that the course of a run depends on.
-fn config_json(config: &PpoConfig, path: &Path) -> Result<Value> {
+pub(crate) fn config_json(config: &impl Serialize, path: &Path) -> Result<Value> {
     let mut json = serde_json::to_value(config).map_err(|e| corrupt(path, &e))?;
     if let Some(fields) = json.as_object_mut() {
         // The updater checks its own.
@@ -97,7 +97,7 @@ fn config_json(config: &PpoConfig, path: &Path) -> Result<Value> {
 }
 
 /// The first field that differs, with both values.
-fn first_difference(saved: &Value, current: &Value) -> Option<(String, String, String)> {
+pub(crate) fn first_difference(saved: &Value, current: &Value) -> Option<(String, String, String)> {
     let empty = serde_json::Map::new();
     let (saved, current) = (
         saved.as_object().unwrap_or(&empty),
@@ -117,7 +117,7 @@ fn first_difference(saved: &Value, current: &Value) -> Option<(String, String, S
         })
 }
 
-fn corrupt(path: &Path, error: &serde_json::Error) -> CoreError {
+pub(crate) fn corrupt(path: &Path, error: &serde_json::Error) -> CoreError {
     CoreError::Corrupt {
         path: path.to_path_buf(),
         reason: error.to_string(),

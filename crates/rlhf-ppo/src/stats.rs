@@ -1,21 +1,14 @@
 //! What a step reports.
 
-use rlhf_core::{FinishReason, Stats};
+use rlhf_core::Stats;
 use tch::{Kind, Tensor};
 
+use crate::answers::answer_stats;
 use crate::{Constraint, MinibatchStats, Rollout};
 
 /// Statistics of a rollout, over all its samples, used or not.
 pub(crate) fn rollout_stats(rollout: &Rollout, constraints: &[Constraint]) -> Stats {
     let count = rollout.len() as f64;
-    let sequences = rollout.completions.batch.sequences();
-    let tokens: usize = sequences.iter().map(|s| s.response.len()).sum();
-    let finished = rollout
-        .completions
-        .finish_reasons
-        .iter()
-        .filter(|&&f| f == FinishReason::Stop)
-        .count();
     let kl = rollout.kl_per_sequence();
     let final_score = mean(&rollout.final_scores);
     let mut stats: Stats = [
@@ -24,13 +17,20 @@ pub(crate) fn rollout_stats(rollout: &Rollout, constraints: &[Constraint]) -> St
         ("ppo/score/mean", mean(&rollout.scores)),
         ("ppo/score/std", variance(&rollout.scores).sqrt()),
         ("ppo/reward/mean", final_score - rollout.kl_coef * kl),
-        ("ppo/length", tokens as f64 / count),
-        ("ppo/finished", finished as f64 / count),
         ("ppo/samples", count),
         ("ppo/samples_used", rollout.used_rows().len() as f64),
     ]
     .into_iter()
     .collect();
+    let scores = rollout
+        .scores
+        .iter::<f64>()
+        .map(Iterator::collect::<Vec<f64>>);
+    stats.extend(answer_stats(
+        "ppo",
+        &rollout.completions,
+        &scores.unwrap_or_default(),
+    ));
     if let Some(explained) = explained_variance(rollout) {
         stats.insert("ppo/value/explained_variance", explained);
     }
