@@ -81,7 +81,7 @@
 //! | [`sft`] | `rlhf-sft` | supervised fine-tuning |
 //! | [`reward`] | `rlhf-reward` | Bradley-Terry and classification training of reward models |
 //! | [`dpo`] | `rlhf-dpo` | losses on preferences, without a reward model |
-//! | [`ppo`] | `rlhf-ppo` | PPO, constraints |
+//! | [`ppo`] | `rlhf-ppo` | PPO, constraints, GRPO and its relatives, the watch for reward hacking |
 //!
 //! The training crates depend on `core` and `scale` alone: a crate that brings a model of its
 //! own compiles neither tokenizers nor model files.

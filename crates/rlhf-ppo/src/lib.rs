@@ -80,6 +80,8 @@
 //! - [`PpoConfig`]: the options, with the values of the N+ details paper and of TRL.
 //! - [`GrpoTrainer`] and [`GrpoConfig`]: the same without a critic, several answers to a prompt being
 //!   each other's baseline: GRPO, RLOO, DAPO, Dr. GRPO, BNPO, GSPO, CISPO.
+//! - [`HackingWatch`]: an observer that sees a reward rise while everything else tells another
+//!   story.
 //! - [`Constraint`]: completions that must not be learnt from.
 //! - The pieces, for an algorithm of one's own: [`KlEstimator`], [`shaped_rewards`], [`gae`],
 //!   [`Whitening`], [`policy_loss`], [`value_loss`], [`KlController`], [`MissingEos`],
@@ -93,7 +95,7 @@
 //! | `ppo/judge/…` | what it reports of itself ([`take_report`](core::RewardModel::take_report)): components of a sum, disagreement of an ensemble |
 //! | `ppo/reward/mean` | score, clipped and after the missing-EOS rule, less the KL penalty |
 //! | `ppo/kl` | estimated KL from the reference, nats **per sequence** |
-//! | `ppo/kl_coef` | coefficient of the penalty in this step |
+//! | `ppo/kl_coef`, `ppo/kl_target` | coefficient of the penalty in this step; what an adaptive controller aims at, nats **per sequence** |
 //! | `ppo/length`, `ppo/finished` | mean response length; share that wrote a stop token |
 //! | `ppo/distinct_1`, `ppo/distinct_2` | share of a response's tokens, and of its pairs of tokens, that repeat no other in it; mean over the responses |
 //! | `ppo/distinct_2_across` | distinct pairs of tokens of all responses over all pairs: low where all prompts get the same answer |
@@ -145,6 +147,7 @@ mod train;
 mod trainer;
 mod truncate;
 mod value_loss;
+mod watch;
 mod whitening;
 
 pub use advantages::{Gae, GaeInput, gae};
@@ -172,6 +175,7 @@ pub use rollout::Rollout;
 pub use trainer::PpoTrainer;
 pub use truncate::truncate_after_stop;
 pub use value_loss::{ValueLoss, ValueLossInput, value_loss};
+pub use watch::{Evidence, Finding, FindingKind, HackingWatch, StopRule, WatchConfig};
 pub use whitening::Whitening;
 
 pub use rlhf_core as core;

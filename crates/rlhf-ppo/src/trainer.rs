@@ -14,8 +14,8 @@ use crate::measure::Forward;
 use crate::minibatch::{Counts, microbatch_loss};
 use crate::order::{parts, shuffled};
 use crate::{
-    Constraint, Error, GaeInput, KlController, MinibatchStats, OldLogprobs, PpoConfig, Result,
-    Rollout, ShapedRewardsInput, completions, gae, measure, shaped_rewards, stats,
+    Constraint, Error, GaeInput, KlControl, KlController, MinibatchStats, OldLogprobs, PpoConfig,
+    Result, Rollout, ShapedRewardsInput, completions, gae, measure, shaped_rewards, stats,
 };
 
 /// Trains a policy and a value model by PPO against a reward model, held to a reference by a KL
@@ -254,6 +254,9 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
         let lr = done.last().map_or_else(|| self.updater.lr(), |m| m.lr);
         let mut stats = stats::rollout_stats(rollout, &self.constraints);
         stats.extend(stats::update_stats(&done, lr));
+        if let KlControl::Adaptive { target, .. } = self.config.kl_control {
+            stats.insert("ppo/kl_target", target);
+        }
         let report = self.reward.take_report().into_iter();
         stats.extend(report.map(|(name, value)| (format!("ppo/judge/{name}"), value)));
 
