@@ -250,7 +250,57 @@ def reward():
     train(make, rows)
 
 
-TASKS = {"forward_backward": forward_backward, "generate": generate, "sft": sft, "dpo": dpo, "reward": reward}
+def grpo():
+    """4 answers of 48 tokens to each prompt; BATCH is the number of answers."""
+    import trl
+    from datasets import Dataset
+
+    samples, new_tokens = 4, 48
+    turns = Turns()
+    trainer = trl.GRPOTrainer(
+        model=load(torch.float32),
+        args=trl.GRPOConfig(
+            output_dir=tempfile.mkdtemp(),
+            max_steps=STEPS,
+            per_device_train_batch_size=BATCH,
+            num_generations=samples,
+            max_completion_length=new_tokens,
+            generation_kwargs={"min_new_tokens": new_tokens},
+            beta=0.04,
+            shuffle_dataset=False,
+            learning_rate=1e-6,
+            lr_scheduler_type="constant",
+            bf16=work["dtype"] == "bfloat16",
+            gradient_checkpointing=False,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=10**6,
+            disable_tqdm=True,
+        ),
+        # As ours: the share of even ids.
+        reward_funcs=lambda completion_ids, **_: [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids],
+        train_dataset=Dataset.from_list([{"prompt": str(i)} for i in range(BATCH // samples * STEPS)]),
+        processing_class=TOKENIZER,
+        callbacks=[turns],
+    )
+    if not hasattr(trainer, "_tokenize_prompts"):
+        sys.exit("this TRL makes ids of prompts elsewhere: this script is for another version")
+
+    def ids_of(prompts):
+        """The ids that ours gets, by the number that stands for each prompt."""
+        ids = [ROWS[int(prompt)]["prompt"] for prompt in prompts]
+        turns.read = {"tokens": sum(map(len, ids)) + len(ids) * new_tokens, "id_sum": sum(map(sum, ids))}
+        return ids, None, {}
+
+    trainer._tokenize_prompts = ids_of
+    say("ready", versions=f"TRL {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}")
+    trainer.train()
+    wait()
+    done()
+
+
+TASKS = {"forward_backward": forward_backward, "generate": generate, "sft": sft, "dpo": dpo, "reward": reward, "grpo": grpo}
 
 if __name__ == "__main__":
     TASKS[work["task"]]()

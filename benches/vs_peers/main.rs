@@ -21,6 +21,7 @@ mod data;
 mod dpo;
 mod forward_backward;
 mod generate;
+mod grpo;
 mod models;
 mod report;
 mod reward;
@@ -85,6 +86,9 @@ enum Task {
     Dpo,
     /// A step of reward training; the peer is TRL's RewardTrainer.
     Reward,
+    /// A step of GRPO, sampling included: 4 answers of 48 tokens a prompt, `--batch` answers in all; the
+    /// peer is TRL's GRPOTrainer.
+    Grpo,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]

@@ -85,6 +85,14 @@ impl Cost {
         Self { decoding, ..self }
     }
 
+    /// With the products of another pass, whose shape is not looked at.
+    pub(crate) fn plus(self, other: Self) -> Self {
+        Self {
+            flops: self.flops + other.flops,
+            ..self
+        }
+    }
+
     pub(crate) fn times(self, factor: f64) -> Self {
         Self {
             flops: factor * self.flops,

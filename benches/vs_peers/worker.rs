@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::Tokens;
 use crate::roofline::{self, Cost, Decoding};
-use crate::{Result, Task, Work, dpo, forward_backward, generate, reward, sft};
+use crate::{Result, Task, Work, dpo, forward_backward, generate, grpo, reward, sft};
 
 /// What the other process's lines begin with; libraries print lines of their own.
 pub(crate) const MARK: &str = "VS_PEERS ";
@@ -59,6 +59,7 @@ pub(crate) fn serve(work: &Work) -> Result<()> {
         Task::Sft => sft::prepare(work)?,
         Task::Dpo => dpo::prepare(work)?,
         Task::Reward => reward::prepare(work)?,
+        Task::Grpo => grpo::prepare(work)?,
     };
     say(&Line::Ready {
         versions: format!("rlhf {}", env!("CARGO_PKG_VERSION")),
