@@ -27,7 +27,9 @@ use rlhf::core::{
     ProgressObserver, RngStreams, SamplingConfig, constraint_fn, generate, tch,
 };
 use rlhf::models::{CausalLm, LoadOptions, SequenceClassifier, Tokenizer, ValueHeadModel};
-use rlhf::ppo::{Constraint, KlControl, MissingEos, OldLogprobs, PpoConfig, PpoTrainer};
+use rlhf::ppo::{
+    Constraint, KlControl, MissingEos, OldLogprobs, PpoConfig, PpoTrainer, WatchConfig,
+};
 use rlhf::reward::{Normalized, PairwiseTerms, RankingConfig, RankingTrainer};
 use rlhf::scale::{AdamWConfig, ParamGroup, Schedule, UpdateConfig};
 use support::curves;
@@ -36,6 +38,7 @@ use support::faithful::unsupported_names;
 use support::rankings::{comparisons, rankings};
 use support::report::{Report, print_examples};
 use support::task::{Pair, SummaryTask, read_pairs};
+use support::watching::{print_findings, taken, watch};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
@@ -133,6 +136,8 @@ fn run() -> Result<()> {
     let (reward, accuracy) = run.reward_model(&reference, &mut observers)?;
 
     println!("\n2. PPO");
+    let (watch, findings) = watch(WatchConfig::default())?;
+    observers.push(Box::new(watch));
     let mut trainer = run.ppo_trainer(reference, reward)?;
     let before = run.judge(&trainer, None)?;
     trainer.train(&run.prompts(&run.train)?, run.options.steps, &mut observers)?;
@@ -142,6 +147,7 @@ fn run() -> Result<()> {
     let report = Report::new(&before, &after, accuracy, started.elapsed());
     run.save(&trainer, &report, &metrics)?;
     println!("{report}");
+    print_findings(&taken(&findings));
     if run.options.constraint {
         println!(
             "naming what the text does not: {:.0}% of the summaries before, {:.0}% after\n",

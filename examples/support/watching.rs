@@ -1,0 +1,43 @@
+//! The watch of a run, and what it has to say at the end.
+
+use std::error::Error;
+use std::sync::{Arc, Mutex};
+
+use rlhf::ppo::{Finding, HackingWatch, WatchConfig};
+
+/// What a watch has found so far.
+pub type Findings = Arc<Mutex<Vec<Finding>>>;
+
+/// A watch, and its findings for after the run.
+pub fn watch(config: WatchConfig) -> Result<(HackingWatch, Findings), Box<dyn Error>> {
+    let findings = Findings::default();
+    let heard = Arc::clone(&findings);
+    let watch = HackingWatch::new(config)?.on_finding(move |finding| {
+        if let Ok(mut findings) = heard.lock() {
+            findings.push(finding.clone());
+        }
+    });
+    Ok((watch, findings))
+}
+
+/// Takes the findings out.
+pub fn taken(findings: &Findings) -> Vec<Finding> {
+    match findings.lock() {
+        Ok(mut findings) => std::mem::take(&mut findings),
+        Err(_) => Vec::new(),
+    }
+}
+
+/// Prints what was found, a paragraph each.
+pub fn print_findings(findings: &[Finding]) {
+    match findings {
+        [] => println!("the watch saw nothing amiss\n"),
+        _ => {
+            println!("what the watch saw:");
+            for finding in findings {
+                println!("- {finding}");
+            }
+            println!();
+        }
+    }
+}
