@@ -84,6 +84,8 @@ enum Task {
     Sft,
     /// A step of DPO, the reference's forward pass included; the peer is TRL's DPOTrainer.
     Dpo,
+    /// A step of DPO on pairs that the reference has scored before, on both sides.
+    DpoCached,
     /// A step of reward training; the peer is TRL's RewardTrainer.
     Reward,
     /// A step of GRPO, sampling included: 4 answers of 48 tokens a prompt, `--batch` answers in all; the

@@ -58,6 +58,7 @@ pub(crate) fn serve(work: &Work) -> Result<()> {
         Task::Generate => generate::prepare(work)?,
         Task::Sft => sft::prepare(work)?,
         Task::Dpo => dpo::prepare(work)?,
+        Task::DpoCached => dpo::prepare_cached(work)?,
         Task::Reward => reward::prepare(work)?,
         Task::Grpo => grpo::prepare(work)?,
     };

@@ -32,7 +32,7 @@
 //! let policy = Bigram { table: table.set_requires_grad(true) };
 //! let mut config = DpoConfig::default();
 //! config.update.optimizer.lr = 0.1;
-//! let mut trainer = DpoTrainer::new(policy, Box::new(reference), config)?;
+//! let mut trainer = DpoTrainer::new(policy, reference, config)?;
 //!
 //! let pairs: Vec<_> = (0..64).map(|_| Preference::new([0], [1], [2])).collect();
 //! let before = trainer.evaluate(&pairs)?;
@@ -48,17 +48,49 @@
 //! This one to learn from comparisons alone; `rlhf-reward` and `rlhf-ppo` to train a judge on them
 //! first; `rlhf-sft` before either. `rlhf-models` has policies made from Hugging Face checkpoints.
 
+mod cache;
+mod config;
 mod error;
+mod evaluation;
+mod fingerprint;
+mod kto;
 mod loss;
 mod metrics;
+mod objective;
+mod online;
+mod pair_scores;
 mod reference;
+mod samples;
+mod screen;
+mod shift;
+mod state;
+mod summary;
+mod sync;
 mod trainer;
+mod watch;
 
+pub use cache::ReferenceCache;
+pub use config::DpoConfig;
 pub use error::{Error, Result};
-pub use loss::{Divergence, DpoInputs, DpoLoss, DpoOutput, dpo_loss};
+pub use evaluation::DpoEvaluation;
+pub use fingerprint::Fingerprint;
+pub use kto::{
+    KtoConfig, KtoEvaluation, KtoInputs, KtoLoss, KtoObjective, KtoOutput, KtoTrainer,
+    LabelledAnswer, ScoredAnswer, kto_loss, mismatched_answers,
+};
+pub use loss::{
+    BatchMeans, Divergence, DpoInputs, DpoLoss, DpoOutput, PromptLogprobs, ReferenceLogprobs,
+    RewardShift, dpo_loss,
+};
 pub use metrics::{RewardMetrics, reward_metrics};
-pub use reference::{ScoredPreference, score_preferences};
-pub use trainer::{DpoConfig, DpoEvaluation, DpoTrainer};
+pub use objective::{Objective, PairWeighting, WeightedLoss};
+pub use online::{Judge, OnlineDpoConfig, OnlineDpoTrainer, Verdict};
+pub use reference::{Reference, ScoreOptions, ScoredPreference, score_preferences};
+pub use samples::{AnswerRow, AnswerTable, SampleConfig, SampledAnswers, sample_answers};
+pub use screen::{Overlong, ScreenConfig, ScreenReport, screen_pairs};
+pub use sync::ReferenceSync;
+pub use trainer::DpoTrainer;
+pub use watch::{ChosenFalls, ChosenWatch, WatchConfig};
 
 pub use rlhf_core as core;
 pub use rlhf_scale as scale;

@@ -1,99 +1,148 @@
-//! Log-probabilities under the policy and under the reference.
+//! What a policy is held to.
 
 use rlhf_core::{Error as CoreError, LogprobOptions, Policy, Preference, PreferenceBatch};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::Result;
+use crate::pair_scores::row_sums;
 
-/// A comparison together with what the reference thinks of it. The reference never changes, so
+/// What a policy is held to.
+///
+/// A [`Policy`] becomes one by `into()`, which the trainers call.
+pub enum Reference {
+    /// A model: a frozen copy of the policy, or the policy with its LoRA adapters off, which needs
+    /// no memory of its own.
+    Model(Box<dyn Policy>),
+    /// One that is not here: examples come with its log-probabilities
+    /// ([`ReferenceCache`](crate::ReferenceCache), [`score_preferences`]).
+    Scored,
+    /// None. Log-ratios are log-probabilities: SimPO, CPO and ORPO, or DPO without a reference.
+    Free,
+}
+
+impl<P: Policy + 'static> From<P> for Reference {
+    fn from(model: P) -> Self {
+        Self::Model(Box::new(model))
+    }
+}
+
+impl Reference {
+    /// Whether log-probabilities of a reference are read.
+    pub(crate) fn is_there(&self) -> bool {
+        !matches!(self, Self::Free)
+    }
+
+    pub(crate) fn model(&self) -> Option<&dyn Policy> {
+        match self {
+            Self::Model(model) => Some(model),
+            _ => None,
+        }
+    }
+}
+
+/// A comparison together with what the reference thinks of it. The reference seldom changes, so
 /// a dataset is scored once, not once an epoch.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ScoredPreference {
     /// The comparison.
     pub pair: Preference,
-    /// `log π_ref(chosen | prompt)`, in nats.
+    /// `log π_ref(chosen | prompt)`, in nats; 0 without a reference.
     pub ref_chosen: f32,
-    /// `log π_ref(rejected | prompt)`, in nats.
+    /// `log π_ref(rejected | prompt)`, in nats; 0 without a reference.
     pub ref_rejected: f32,
 }
 
-/// Scores comparisons under `reference`, `batch_size` at a time, without gradients.
+impl ScoredPreference {
+    /// A comparison that no reference has seen.
+    pub(crate) fn free(pair: &Preference) -> Self {
+        Self {
+            pair: pair.clone(),
+            ref_chosen: 0.0,
+            ref_rejected: 0.0,
+        }
+    }
+}
+
+/// How a dataset is scored.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ScoreOptions {
+    /// Pairs that are in memory at once.
+    pub batch_size: usize,
+    /// [`Objective::ld_alpha`](crate::Objective::ld_alpha) of the training to come.
+    pub ld_alpha: Option<f64>,
+}
+
+impl Default for ScoreOptions {
+    /// 8 pairs at once, whole answers.
+    fn default() -> Self {
+        Self {
+            batch_size: 8,
+            ld_alpha: None,
+        }
+    }
+}
+
+/// Scores comparisons under `reference` without gradients.
 ///
 /// # Errors
 /// No pairs; a `batch_size` of 0; a log-probability that is not finite; those of the model.
 pub fn score_preferences(
     reference: &(impl Policy + ?Sized),
     pairs: &[Preference],
-    batch_size: usize,
+    options: &ScoreOptions,
 ) -> Result<Vec<ScoredPreference>> {
-    let _no_grad = tch::no_grad_guard();
-    let batch = PreferenceBatch::new(pairs.to_vec())?;
     let mut scored = Vec::with_capacity(pairs.len());
-    for part in batch.split(batch_size)? {
-        let sums = PairLogprobs::of(reference, &part)?;
-        let sides = Tensor::stack(&[&sums.chosen, &sums.rejected], 1).view(-1);
-        let sides = Vec::<f32>::try_from(sides).map_err(CoreError::from)?;
-        for (pair, side) in part.pairs().iter().zip(sides.chunks_exact(2)) {
-            if let Some(value) = side.iter().find(|s| !s.is_finite()) {
-                return Err(CoreError::NonFinite {
-                    what: "reference log-probability",
-                    row: scored.len(),
-                    value: f64::from(*value),
-                }
-                .into());
-            }
-            scored.push(ScoredPreference {
-                pair: pair.clone(),
-                ref_chosen: side[0],
-                ref_rejected: side[1],
-            });
-        }
-    }
+    score_each(reference, pairs, options, |part| {
+        scored.extend(part);
+        Ok(())
+    })?;
     Ok(scored)
 }
 
-/// Log-probabilities of whole responses, `[B]` f32.
-pub(crate) struct PairLogprobs {
-    pub(crate) chosen: Tensor,
-    pub(crate) rejected: Tensor,
-}
-
-impl PairLogprobs {
-    pub(crate) fn of(model: &(impl Policy + ?Sized), batch: &PreferenceBatch) -> Result<Self> {
-        let scored = model.logprobs(&batch.interleaved()?, &LogprobOptions::default())?;
-        // Masked tokens are 0.
-        let sums = scored
-            .logprobs
-            .sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
-        let sides = sums.view([-1, 2]);
-        Ok(Self {
-            chosen: sides.select(1, 0),
-            rejected: sides.select(1, 1),
-        })
+/// Scores a batch at a time and gives it to `done`.
+pub(crate) fn score_each(
+    reference: &(impl Policy + ?Sized),
+    pairs: &[Preference],
+    options: &ScoreOptions,
+    mut done: impl FnMut(Vec<ScoredPreference>) -> Result<()>,
+) -> Result<()> {
+    let _no_grad = tch::no_grad_guard();
+    let batch = PreferenceBatch::new(pairs.to_vec())?;
+    let mut row = 0;
+    for part in batch.split(options.batch_size)? {
+        let sequences = part.interleaved()?;
+        let scores = reference.logprobs(&sequences, &LogprobOptions::default())?;
+        let sums = row_sums(&scores.logprobs, &sequences, part.len(), options.ld_alpha)?;
+        let sides = host(&sums, "reference log-probability", row, 2)?;
+        let scored = part.pairs().iter().zip(sides.chunks_exact(2));
+        let scored = scored.map(|(pair, side)| ScoredPreference {
+            pair: pair.clone(),
+            ref_chosen: side[0],
+            ref_rejected: side[1],
+        });
+        row += part.len();
+        done(scored.collect())?;
     }
+    Ok(())
 }
 
-/// What [`dpo_loss`](crate::dpo_loss) needs beside the policy's log-probs, `[B]` each.
-pub(crate) struct PairTargets {
-    pub(crate) ref_chosen: Tensor,
-    pub(crate) ref_rejected: Tensor,
-    pub(crate) chosen_lengths: Tensor,
-    pub(crate) rejected_lengths: Tensor,
-    pub(crate) weights: Tensor,
-}
-
-impl PairTargets {
-    pub(crate) fn new(pairs: &[ScoredPreference], device: Device) -> Self {
-        let column = |value: fn(&ScoredPreference) -> f32| {
-            let values: Vec<f32> = pairs.iter().map(value).collect();
-            Tensor::from_slice(&values).to_device(device)
-        };
-        Self {
-            ref_chosen: column(|p| p.ref_chosen),
-            ref_rejected: column(|p| p.ref_rejected),
-            chosen_lengths: column(|p| p.pair.chosen.len() as f32),
-            rejected_lengths: column(|p| p.pair.rejected.len() as f32),
-            weights: column(|p| p.pair.weight as f32),
+/// A `[B · each]` tensor on the host, all finite.
+pub(crate) fn host(
+    sums: &Tensor,
+    what: &'static str,
+    first_row: usize,
+    each: usize,
+) -> Result<Vec<f32>> {
+    let sums = sums.f_to_kind(Kind::Float).and_then(|s| s.f_view([-1]));
+    let values = sums.and_then(Vec::<f32>::try_from);
+    let values = values.map_err(CoreError::from)?;
+    match values.iter().position(|value| !value.is_finite()) {
+        Some(at) => Err(CoreError::NonFinite {
+            what,
+            row: first_row + at / each,
+            value: f64::from(values[at]),
         }
+        .into()),
+        None => Ok(values),
     }
 }

@@ -6,118 +6,70 @@ use rlhf_core::{
     EpochConfig, EpochTrainer, Error as CoreError, Observer, Policy, Preference, PreferenceBatch,
     Stats, train_epochs,
 };
-use rlhf_scale::{AdamWConfig, UpdateConfig, Updater};
-use serde::{Deserialize, Serialize};
+use rlhf_scale::{UpdateStats, Updater};
 use tch::{Kind, Tensor};
 
-use crate::loss::check_beta;
-use crate::metrics::means;
-use crate::reference::{PairLogprobs, PairTargets};
+use crate::evaluation::Heldout;
+use crate::pair_scores::{PairScores, PairTargets};
+use crate::shift::RunningMean;
+use crate::summary::Judged;
 use crate::{
-    Divergence, DpoInputs, DpoLoss, Error, Result, ScoredPreference, dpo_loss, reward_metrics,
-    score_preferences,
+    BatchMeans, DpoConfig, Error, Reference, ReferenceSync, Result, ScoredPreference,
+    score_preferences, state,
 };
 
-/// How a [`DpoTrainer`] trains.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct DpoConfig {
-    /// Optimiser, schedule and clipping.
-    pub update: UpdateConfig,
-    /// The loss of a pair.
-    pub loss: DpoLoss,
-    /// The divergence from the reference that rewards are derived from.
-    pub divergence: Divergence,
-    /// `β`: how strongly the policy is held to the reference.
-    pub beta: f64,
-    /// Pairs that are in memory at once. The result of a step does not depend on it, but for
-    /// rounding.
-    pub microbatch_size: usize,
-}
-
-impl Default for DpoConfig {
-    /// TRL's `DPOConfig`: learning rate 1e-6, β 0.1, 8 pairs at once. Its schedule is linear; this
-    /// one is constant until it is told how many steps there will be.
-    fn default() -> Self {
-        Self {
-            update: UpdateConfig {
-                optimizer: AdamWConfig {
-                    lr: 1e-6,
-                    ..AdamWConfig::default()
-                },
-                ..UpdateConfig::default()
-            },
-            loss: DpoLoss::default(),
-            divergence: Divergence::default(),
-            beta: 0.1,
-            microbatch_size: 8,
-        }
-    }
-}
-
-impl DpoConfig {
-    /// Checks every field.
-    ///
-    /// # Errors
-    /// An invalid configuration, naming the field.
-    pub fn validate(&self) -> Result<()> {
-        self.update.validate()?;
-        self.loss.validate()?;
-        self.divergence.validate()?;
-        check_beta(self.beta)?;
-        match self.microbatch_size {
-            0 => Err(CoreError::config("microbatch_size", 0, "must be at least 1").into()),
-            _ => Ok(()),
-        }
-    }
-}
-
-/// Trains a [`Policy`] on comparisons, held to a reference by [`dpo_loss`].
+/// Trains a [`Policy`] on comparisons with an [`Objective`](crate::Objective), held to a
+/// [`Reference`].
 ///
 /// Weights of the pairs are used, margins are not. [`train`](Self::train) scores the dataset
 /// under the reference once; [`step`](Self::step) scores the batch it is given.
 pub struct DpoTrainer<P> {
-    model: P,
-    reference: Box<dyn Policy>,
-    updater: Updater,
-    config: DpoConfig,
-}
-
-/// How a policy's implicit rewards agree with comparisons.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct DpoEvaluation {
-    /// Weighted mean of the loss that is trained on.
-    pub loss: f64,
-    /// Share of pairs whose chosen implicit reward is strictly above the rejected one.
-    pub accuracy: f64,
-    /// Mean of chosen minus rejected implicit reward.
-    pub margin: f64,
-    /// Number of pairs.
-    pub pairs: usize,
+    pub(crate) model: P,
+    pub(crate) reference: Reference,
+    pub(crate) updater: Updater,
+    pub(crate) config: DpoConfig,
+    pub(crate) shift: RunningMean,
+    pub(crate) heldout: Option<Heldout>,
 }
 
 impl<P: Policy> DpoTrainer<P> {
-    /// A trainer of `model`. The reference is commonly a copy of it, made before the first step;
-    /// it is never changed.
+    /// A trainer of `model`. The reference is commonly a copy of it, made before the first step,
+    /// or the model with its adapters off; nothing but [`DpoConfig::sync`] changes it.
     ///
     /// # Errors
-    /// An invalid configuration; a weight that cannot be trained.
-    pub fn new(model: P, reference: Box<dyn Policy>, config: DpoConfig) -> Result<Self> {
+    /// An invalid configuration; a loss that cannot use the reference or do without one; a weight
+    /// that cannot be trained; a reference that cannot be synchronised where it is to be.
+    pub fn new(model: P, reference: impl Into<Reference>, config: DpoConfig) -> Result<Self> {
         config.validate()?;
+        let reference = reference.into();
+        config.objective.check_reference(reference.is_there())?;
+        if config.sync.is_some() {
+            ReferenceSync::check(&model, reference.model())?;
+        }
         Ok(Self {
             updater: Updater::new(model.named_parameters(), &config.update)?,
             model,
             reference,
             config,
+            shift: RunningMean::default(),
+            heldout: None,
         })
     }
 
     /// One optimiser step on the weighted mean loss of all pairs.
     ///
-    /// The stats are those of the batch before its update: `dpo/loss`, `dpo/rewards/chosen`,
-    /// `dpo/rewards/rejected`, `dpo/rewards/margin`, `dpo/rewards/accuracy`,
-    /// `dpo/logprobs/chosen`, `dpo/logprobs/rejected` (of whole responses), `dpo/grad_norm`
-    /// (before clipping), `dpo/lr`; with loss scaling those of [`UpdateStats::metrics`] too.
+    /// The stats are those of the batch before its update, `dpo/` before each:
+    ///
+    /// | | |
+    /// |---|---|
+    /// | `loss`, `grad_norm`, `lr` | the norm before clipping; with loss scaling those of [`UpdateStats::metrics`] too |
+    /// | `rewards/chosen`, `rewards/rejected` | mean [implicit rewards](crate::DpoOutput::chosen_rewards) |
+    /// | `rewards/margin`, `rewards/accuracy` | of chosen over rejected; a tie is no success |
+    /// | `logprobs/chosen`, `logprobs/rejected` | means over whole answers (LD-DPO's, where it is on), and `.._per_token` |
+    /// | `logprobs/chosen_drift` | mean of `(log π − log π_ref) / n` of the chosen answers, where there is a reference: what [`ChosenWatch`](crate::ChosenWatch) watches |
+    /// | `data/empty`, `data/equal` | pairs with an answer without a token, and of equal answers |
+    /// | `nll` | of chosen answers a token, where a loss learns them |
+    /// | `bco/shift`, `wpo/weight` | where these are on |
     ///
     /// [`UpdateStats::metrics`]: rlhf_scale::UpdateStats::metrics
     ///
@@ -125,7 +77,7 @@ impl<P: Policy> DpoTrainer<P> {
     /// Those of both models; a loss or gradient that is not finite; weights that do not add up
     /// to a positive number. Nothing has changed then.
     pub fn step(&mut self, batch: &PreferenceBatch) -> Result<Stats> {
-        let scored = self.score(batch.pairs())?;
+        let scored = self.score(batch.pairs(), "step_scored")?;
         self.step_scored(&scored)
     }
 
@@ -134,32 +86,101 @@ impl<P: Policy> DpoTrainer<P> {
     /// # Errors
     /// Those of [`step`](Self::step).
     pub fn step_scored(&mut self, pairs: &[ScoredPreference]) -> Result<Stats> {
-        let denominator = total_weight(pairs)?;
-        let parts: Vec<_> = pairs.chunks(self.config.microbatch_size).collect();
-        let (model, config) = (&self.model, &self.config);
-        let mut judged = Vec::with_capacity(parts.len());
-        let update = self.updater.update(parts.len(), |i| -> Result<Tensor> {
-            let part = Judged::of(model, parts[i], config, denominator)?;
-            judged.push(part.detached());
-            Ok(part.loss)
-        })?;
-        let judged = Judged::cat(&judged);
-        let rewards = reward_metrics(&judged.chosen_rewards, &judged.rejected_rewards)?;
-        let [chosen, rejected] = means([&judged.chosen_logprobs, &judged.rejected_logprobs])?;
+        let total = self
+            .config
+            .check_weights(pairs.iter().map(|p| p.pair.weight))?;
+        let whole = self.config.objective.is_batchwise();
+        let (update, judged) = match whole && pairs.len() > self.config.microbatch_size {
+            true => self.update_in_two_passes(pairs, total)?,
+            false => self.update_in_one_pass(pairs, total)?,
+        };
+        if !update.skipped {
+            if let Some(shift) = judged.shift {
+                self.shift = shift;
+            }
+            self.synchronise()?;
+        }
         let mut stats = Stats::from_iter(update.metrics("dpo"));
-        stats.extend([
-            ("dpo/rewards/chosen", rewards.chosen),
-            ("dpo/rewards/rejected", rewards.rejected),
-            ("dpo/rewards/margin", rewards.margin),
-            ("dpo/rewards/accuracy", rewards.accuracy),
-            ("dpo/logprobs/chosen", chosen),
-            ("dpo/logprobs/rejected", rejected),
-        ]);
+        judged.add_to(&mut stats, "dpo", pairs)?;
         Ok(stats)
     }
 
+    /// Forward and backward of a microbatch at a time.
+    fn update_in_one_pass(
+        &mut self,
+        pairs: &[ScoredPreference],
+        total: f64,
+    ) -> Result<(UpdateStats, Judged)> {
+        let parts: Vec<_> = pairs.chunks(self.config.microbatch_size).collect();
+        let means = means_of(pairs, total);
+        let (model, objective) = (&self.model, &self.config.objective);
+        let (referenced, shift) = (self.reference.is_there(), self.shift);
+        let mut judged = Vec::with_capacity(parts.len());
+        let update = self.updater.update(parts.len(), |i| -> Result<Tensor> {
+            let scores = PairScores::of(model, parts[i], objective)?;
+            let targets = PairTargets::new(parts[i], referenced, scores.chosen.device());
+            let part = Judged::new(&scores, &targets, objective, means, (shift, true))?;
+            let loss = part.total(total)?;
+            judged.push(part.detached());
+            Ok(loss)
+        })?;
+        Ok((update, Judged::cat(&judged)?))
+    }
+
+    /// For losses that need the whole batch at once: its log-probabilities first, without
+    /// gradients, the loss and its slope in each of them, and then the gradients along the slopes,
+    /// a microbatch at a time. The sum is the gradient of the loss of the whole batch.
+    fn update_in_two_passes(
+        &mut self,
+        pairs: &[ScoredPreference],
+        total: f64,
+    ) -> Result<(UpdateStats, Judged)> {
+        let leaves = PairScores::leaves(&self.scores_without_gradients(pairs)?)?;
+        let device = leaves.chosen.device();
+        let targets = PairTargets::new(pairs, self.reference.is_there(), device);
+        let objective = &self.config.objective;
+        let means = means_of(pairs, total);
+        let seen = (self.shift, true);
+        let judged = Judged::new(&leaves, &targets, objective, means, seen)?;
+        let loss = judged.total(total)?;
+        loss.f_backward().map_err(CoreError::from)?;
+        let slopes = leaves.slopes();
+
+        let parts: Vec<_> = pairs.chunks(self.config.microbatch_size).collect();
+        let share = loss.detach() / parts.len() as f64;
+        let (model, size) = (&self.model, self.config.microbatch_size);
+        let update = self.updater.update(parts.len(), |i| -> Result<Tensor> {
+            let scores = PairScores::of(model, parts[i], objective)?;
+            let along = scores.along(&slopes, (i * size) as i64)?;
+            // The parts' values add up to the loss.
+            Ok(&along - along.detach() + &share)
+        })?;
+        Ok((update, judged.detached()))
+    }
+
+    pub(crate) fn scores_without_gradients(
+        &self,
+        pairs: &[ScoredPreference],
+    ) -> Result<Vec<PairScores>> {
+        let _no_grad = tch::no_grad_guard();
+        pairs
+            .chunks(self.config.microbatch_size)
+            .map(|part| PairScores::of(&self.model, part, &self.config.objective))
+            .collect()
+    }
+
+    fn synchronise(&self) -> Result<()> {
+        match (&self.config.sync, self.reference.model()) {
+            (Some(sync), Some(reference)) if self.updater.step().is_multiple_of(sync.every) => {
+                sync.apply(&self.model, reference)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Epochs over `pairs`; see [`train_epochs`] for order, checkpoints, resumption and
-    /// observers. Returns the steps done.
+    /// observers. Returns the steps done. The pairs are scored once, unless the reference follows
+    /// the policy.
     ///
     /// # Errors
     /// Those of [`train_epochs`] and [`step`](Self::step).
@@ -169,32 +190,33 @@ impl<P: Policy> DpoTrainer<P> {
         epochs: &EpochConfig,
         observers: &mut [Box<dyn Observer + '_>],
     ) -> Result<u64> {
-        let scored = self.score(pairs)?;
-        train_epochs(self, &scored, epochs, observers)
+        if self.config.sync.is_some() {
+            return train_epochs(&mut Live(self), pairs, epochs, observers);
+        }
+        let scored = self.score(pairs, "train_scored")?;
+        self.train_scored(&scored, epochs, observers)
     }
 
-    /// Loss and implicit rewards of `pairs`.
+    /// [`train`](Self::train) on pairs that the reference has scored already.
     ///
     /// # Errors
-    /// No pairs; a log-probability that is not finite; those of both models.
-    pub fn evaluate(&self, pairs: &[Preference]) -> Result<DpoEvaluation> {
-        let _no_grad = tch::no_grad_guard();
-        let scored = self.score(pairs)?;
-        let denominator = total_weight(&scored)?;
-        let parts = scored.chunks(self.config.microbatch_size);
-        let parts = parts
-            .map(|part| Judged::of(&self.model, part, &self.config, denominator))
-            .collect::<Result<Vec<_>>>()?;
-        let judged = Judged::cat(&parts);
-        check_finite(&judged.chosen_logprobs, &judged.rejected_logprobs)?;
-        let loss = f64::try_from(&judged.loss).map_err(CoreError::from)?;
-        let rewards = reward_metrics(&judged.chosen_rewards, &judged.rejected_rewards)?;
-        Ok(DpoEvaluation {
-            loss,
-            accuracy: rewards.accuracy,
-            margin: rewards.margin,
-            pairs: pairs.len(),
-        })
+    /// Those of [`train`](Self::train); [`Error::Unusable`] where the reference follows the
+    /// policy, so that its scores would be out of date.
+    pub fn train_scored(
+        &mut self,
+        pairs: &[ScoredPreference],
+        epochs: &EpochConfig,
+        observers: &mut [Box<dyn Observer + '_>],
+    ) -> Result<u64> {
+        if self.config.sync.is_some() {
+            return Err(Error::Unusable {
+                loss: "TR-DPO".into(),
+                option: "reference (scored in advance)",
+                reason: "the reference follows the policy, and its scores change with it; call \
+                         train",
+            });
+        }
+        train_epochs(self, pairs, epochs, observers)
     }
 
     /// The model in training.
@@ -207,6 +229,11 @@ impl<P: Policy> DpoTrainer<P> {
         self.model
     }
 
+    /// What the model is held to.
+    pub fn reference(&self) -> &Reference {
+        &self.reference
+    }
+
     /// The options this trainer was made with.
     pub fn config(&self) -> &DpoConfig {
         &self.config
@@ -217,13 +244,14 @@ impl<P: Policy> DpoTrainer<P> {
         &self.updater
     }
 
-    /// Writes weights, optimiser state and step into the folder `dir`; the reference is not
-    /// written, as it never changes.
+    /// Writes weights, optimiser state, step and BCO's running mean into the folder `dir`; the
+    /// reference too where it follows the policy, and not where it never changes.
     ///
     /// # Errors
     /// If a file cannot be written.
     pub fn save(&self, dir: &Path) -> Result<()> {
-        Ok(self.updater.save(dir)?)
+        self.updater.save(dir)?;
+        state::save(dir, self.shift, self.followed().as_deref())
     }
 
     /// Restores bit for bit what [`save`](Self::save) wrote.
@@ -232,11 +260,40 @@ impl<P: Policy> DpoTrainer<P> {
     /// A missing or damaged file; a file of another model or configuration. Nothing has changed
     /// then.
     pub fn load(&mut self, dir: &Path) -> Result<()> {
-        Ok(self.updater.load(dir)?)
+        let loaded = state::load(dir, self.followed().as_deref())?;
+        self.updater.load(dir)?;
+        self.shift = loaded.apply()?;
+        Ok(())
     }
 
-    fn score(&self, pairs: &[Preference]) -> Result<Vec<ScoredPreference>> {
-        score_preferences(&self.reference, pairs, self.config.microbatch_size)
+    /// The weights of a reference that changes.
+    fn followed(&self) -> Option<Vec<(String, Tensor)>> {
+        let reference = self.config.sync.and(self.reference.model());
+        reference.map(|model| model.named_parameters())
+    }
+
+    /// The reference's view of `pairs`; `instead` is the method for those that have it.
+    pub(crate) fn score(
+        &self,
+        pairs: &[Preference],
+        instead: &'static str,
+    ) -> Result<Vec<ScoredPreference>> {
+        match &self.reference {
+            Reference::Model(model) => {
+                score_preferences(model, pairs, &self.config.score_options())
+            }
+            Reference::Scored => Err(Error::NotScored { instead }),
+            Reference::Free => {
+                PreferenceBatch::new(pairs.to_vec())?;
+                Ok(pairs.iter().map(ScoredPreference::free).collect())
+            }
+        }
+    }
+
+    fn step_and_evaluate(&mut self, pairs: &[ScoredPreference]) -> Result<Stats> {
+        let mut stats = self.step_scored(pairs)?;
+        self.add_heldout(&mut stats)?;
+        Ok(stats)
     }
 }
 
@@ -246,7 +303,7 @@ impl<P: Policy> EpochTrainer for DpoTrainer<P> {
     const PHASE: &'static str = "dpo";
 
     fn step_on(&mut self, items: Vec<ScoredPreference>) -> Result<Stats> {
-        self.step_scored(&items)
+        self.step_and_evaluate(&items)
     }
 
     fn save_to(&self, dir: &Path) -> Result<()> {
@@ -258,86 +315,44 @@ impl<P: Policy> EpochTrainer for DpoTrainer<P> {
     }
 }
 
-fn total_weight(pairs: &[ScoredPreference]) -> Result<f64> {
-    let total: f64 = pairs.iter().map(|p| p.pair.weight).sum();
-    if total.is_finite() && total > 0.0 {
-        return Ok(total);
+/// A trainer whose reference scores each batch when its turn comes.
+struct Live<'a, P>(&'a mut DpoTrainer<P>);
+
+impl<P: Policy> EpochTrainer for Live<'_, P> {
+    type Item = Preference;
+    type Error = Error;
+    const PHASE: &'static str = "dpo";
+
+    fn step_on(&mut self, items: Vec<Preference>) -> Result<Stats> {
+        let scored = self.0.score(&items, "train_scored")?;
+        self.0.step_and_evaluate(&scored)
     }
-    let reason = "the weights of a batch must add up to a positive number";
-    Err(CoreError::config("the sum of the pairs' weights", total, reason).into())
+
+    fn save_to(&self, dir: &Path) -> Result<()> {
+        self.0.save(dir)
+    }
+
+    fn load_from(&mut self, dir: &Path) -> Result<()> {
+        self.0.load(dir)
+    }
 }
 
-fn check_finite(chosen: &Tensor, rejected: &Tensor) -> Result<()> {
-    for (what, side) in [
-        ("log-probability of the chosen response", chosen),
-        ("log-probability of the rejected response", rejected),
-    ] {
-        let side = Vec::<f64>::try_from(side).map_err(CoreError::from)?;
-        if let Some(row) = side.iter().position(|value| !value.is_finite()) {
-            let value = side[row];
-            return Err(CoreError::NonFinite { what, row, value }.into());
-        }
+/// Means over a batch, whose weights add up to `total`.
+pub(crate) fn means_of(pairs: &[ScoredPreference], total: f64) -> BatchMeans {
+    let mean = |tokens: fn(&Preference) -> usize| {
+        let weighted = pairs.iter().map(|p| p.pair.weight * tokens(&p.pair) as f64);
+        weighted.sum::<f64>() / total
+    };
+    let chosen_tokens = mean(|pair| pair.chosen.len());
+    BatchMeans {
+        chosen_tokens,
+        prompt_and_chosen_tokens: chosen_tokens + mean(|pair| pair.prompt.len().saturating_sub(1)),
+        reward_shift: 0.0,
     }
-    Ok(())
 }
 
-/// Some pairs under the policy: their part of the loss (a scalar), and `[B]` tensors.
-struct Judged {
-    loss: Tensor,
-    chosen_rewards: Tensor,
-    rejected_rewards: Tensor,
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-}
-
-impl Judged {
-    fn of(
-        model: &impl Policy,
-        pairs: &[ScoredPreference],
-        config: &DpoConfig,
-        denominator: f64,
-    ) -> Result<Self> {
-        let batch = PreferenceBatch::new(pairs.iter().map(|p| p.pair.clone()).collect())?;
-        let policy = PairLogprobs::of(model, &batch)?;
-        let targets = PairTargets::new(pairs, policy.chosen.device());
-        let inputs = DpoInputs {
-            policy_chosen: &policy.chosen,
-            policy_rejected: &policy.rejected,
-            ref_chosen: &targets.ref_chosen,
-            ref_rejected: &targets.ref_rejected,
-            chosen_lengths: &targets.chosen_lengths,
-            rejected_lengths: &targets.rejected_lengths,
-        };
-        let out = dpo_loss(inputs, config.loss, config.divergence, config.beta)?;
-        Ok(Self {
-            loss: (out.losses * &targets.weights).sum(Kind::Float) / denominator,
-            chosen_rewards: out.chosen_rewards,
-            rejected_rewards: out.rejected_rewards,
-            chosen_logprobs: policy.chosen,
-            rejected_logprobs: policy.rejected,
-        })
-    }
-
-    fn detached(&self) -> Self {
-        Self {
-            loss: self.loss.detach(),
-            chosen_rewards: self.chosen_rewards.detach(),
-            rejected_rewards: self.rejected_rewards.detach(),
-            chosen_logprobs: self.chosen_logprobs.detach(),
-            rejected_logprobs: self.rejected_logprobs.detach(),
-        }
-    }
-
-    /// The parts of a batch as one; their losses add up.
-    fn cat(parts: &[Self]) -> Self {
-        let column = |of: fn(&Self) -> &Tensor| parts.iter().map(of).collect::<Vec<_>>();
-        let cat = |of: fn(&Self) -> &Tensor| Tensor::cat(&column(of), 0);
-        Self {
-            loss: Tensor::stack(&column(|p| &p.loss), 0).sum(Kind::Float),
-            chosen_rewards: cat(|p| &p.chosen_rewards),
-            rejected_rewards: cat(|p| &p.rejected_rewards),
-            chosen_logprobs: cat(|p| &p.chosen_logprobs),
-            rejected_logprobs: cat(|p| &p.rejected_logprobs),
-        }
-    }
+/// `Σ weight · value / total`, in f32.
+pub(crate) fn weighted_mean(values: &Tensor, weights: &Tensor, total: f64) -> Result<Tensor> {
+    let sum = (values * weights).f_sum(Kind::Float);
+    Ok(sum.map_err(CoreError::from)? / total)
 }

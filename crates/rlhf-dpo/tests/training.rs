@@ -7,13 +7,19 @@
 mod bigram;
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bigram::Bigram;
 use rlhf_dpo::core::{
-    CheckpointConfig, DataOrder, EpochConfig, Error as CoreError, Event, Observer, Preference,
-    PreferenceBatch,
+    CheckpointConfig, DataOrder, EpochConfig, Error as CoreError, Event, LogprobOptions, Observer,
+    PaddedBatch, Parameters, Policy, Preference, PreferenceBatch, Result as CoreResult,
+    SequenceBatch, TokenLogprobs,
 };
-use rlhf_dpo::{DpoConfig, DpoTrainer, Error};
+use rlhf_dpo::tch::Tensor;
+use rlhf_dpo::{
+    Divergence, DpoConfig, DpoLoss, DpoTrainer, Error, Objective, PairWeighting, Reference,
+};
 
 fn pairs() -> Vec<Preference> {
     (0..10i64)
@@ -35,20 +41,143 @@ fn trainer(microbatch_size: usize) -> DpoTrainer<Bigram> {
     DpoTrainer::new(Bigram::new(0.0), Box::new(Bigram::new(0.4)), config).unwrap()
 }
 
-#[test]
-fn the_split_into_microbatches_does_not_matter() {
-    let batch = PreferenceBatch::new(pairs()).unwrap();
-    let (mut whole, mut split) = (trainer(10), trainer(3));
+/// Trainers of one objective that differ in nothing but the split.
+fn split(objective: &Objective, free: bool) -> [DpoTrainer<Bigram>; 2] {
+    [10, 3].map(|microbatch_size| {
+        let mut config = DpoConfig {
+            microbatch_size,
+            objective: objective.clone(),
+            ..DpoConfig::default()
+        };
+        config.update.optimizer.lr = 0.05;
+        let reference = match free {
+            true => Reference::Free,
+            false => Bigram::new(0.4).into(),
+        };
+        DpoTrainer::new(Bigram::new(0.0), reference, config).unwrap()
+    })
+}
+
+fn assert_same_steps(name: &str, mut trainers: [DpoTrainer<Bigram>; 2], batch: &PreferenceBatch) {
     for _ in 0..3 {
-        let (a, b) = (whole.step(&batch).unwrap(), split.step(&batch).unwrap());
-        assert_eq!(a.len(), 9);
+        let [a, b] = trainers.each_mut().map(|t| t.step(batch).unwrap());
+        assert!(a.len() >= 13 && a.len() == b.len(), "{name}: {a}");
         for (metric, value) in a.iter() {
-            assert!((value - b.get(metric).unwrap()).abs() < 1e-5, "{metric}");
+            let other = b.get(metric).unwrap();
+            let bound = 2e-5 * value.abs().max(1.0);
+            assert!(
+                (value - other).abs() < bound,
+                "{name}: {metric} {value} {other}"
+            );
         }
     }
-    for (a, b) in whole.model().weights().iter().zip(split.model().weights()) {
-        assert!((a - b).abs() < 1e-5);
+    let [a, b] = trainers.map(|t| t.into_model().weights());
+    let first = Bigram::new(0.0).weights();
+    assert!(
+        a.iter()
+            .zip(&first)
+            .any(|(a, first)| (a - first).abs() > 0.01),
+        "{name}"
+    );
+    for (a, b) in a.iter().zip(b) {
+        assert!((a - b).abs() < 2e-5, "{name}");
     }
+}
+
+#[test]
+fn the_split_into_microbatches_does_not_matter() {
+    let mut pairs = pairs();
+    pairs[3].chosen.clear(); // an answer without a token
+    pairs[7].rejected = pairs[7].chosen.clone();
+    let mut alike = pairs.clone();
+    alike.iter_mut().for_each(|p| p.weight = 1.0);
+    let [pairs, alike] = [pairs, alike].map(|p| PreferenceBatch::new(p).unwrap());
+    for (name, loss) in DpoLoss::FAMILY {
+        let objective = Objective::new(loss);
+        let free = ["simpo", "alphapo", "cpo", "orpo"].contains(&name);
+        let batch = match name.starts_with("aot") {
+            true => &alike,
+            false => &pairs,
+        };
+        assert_same_steps(name, split(&objective, free), batch);
+    }
+    let mut weighted = Objective::mpo();
+    weighted.weighting = PairWeighting::Wpo;
+    assert_same_steps("weighted MPO", split(&weighted, false), &pairs);
+    let mut shared = Objective::default();
+    shared.ld_alpha = Some(0.3);
+    assert_same_steps("LD-DPO", split(&shared, false), &pairs);
+    let free = Objective::sum(
+        [
+            (DpoLoss::default(), 0.5),
+            (DpoLoss::named("aot").unwrap(), 2.0),
+        ],
+        0.3,
+    );
+    assert_same_steps("AOT without a reference", split(&free, true), &alike);
+}
+
+#[test]
+fn pairs_that_teach_nothing_are_counted() {
+    let mut pairs = pairs();
+    pairs[3].chosen.clear();
+    pairs[7].rejected = pairs[7].chosen.clone();
+    let stats = trainer(4)
+        .step(&PreferenceBatch::new(pairs).unwrap())
+        .unwrap();
+    assert_eq!(stats.get("dpo/data/empty"), Some(1.0));
+    assert_eq!(stats.get("dpo/data/equal"), Some(1.0));
+    assert!(stats.iter().all(|(_, value)| value.is_finite()));
+}
+
+#[test]
+fn a_reference_that_a_loss_cannot_use_is_refused() {
+    let refused = |objective: Objective, reference: Reference| {
+        let config = DpoConfig::of(objective);
+        match DpoTrainer::new(Bigram::new(0.0), reference, config) {
+            Err(Error::Unusable { option, .. }) => Some(option),
+            Err(other) => panic!("{other}"),
+            Ok(_) => None,
+        }
+    };
+    let family = |with_model: bool| -> Vec<&str> {
+        let names = DpoLoss::FAMILY.iter().filter(|(_, loss)| {
+            let reference = match with_model {
+                true => Bigram::new(0.4).into(),
+                false => Reference::Free,
+            };
+            refused(Objective::new(*loss), reference) == Some("reference")
+        });
+        names.map(|(name, _)| *name).collect()
+    };
+    assert_eq!(family(true), ["simpo", "alphapo", "cpo", "orpo"]);
+    assert_eq!(
+        family(false),
+        [
+            "nca_pair",
+            "bco_pair",
+            "bco_pair_shift",
+            "sppo_hard",
+            "apo_zero",
+            "apo_down"
+        ]
+    );
+    let mut diverging = Objective::default();
+    diverging.divergence = Divergence::ForwardKl;
+    assert_eq!(refused(diverging, Reference::Free), Some("divergence"));
+    let both = Objective::sum(
+        [
+            (DpoLoss::default(), 1.0),
+            (DpoLoss::named("simpo").unwrap(), 1.0),
+        ],
+        0.1,
+    );
+    assert_eq!(refused(both, Bigram::new(0.4).into()), None);
+
+    // AOT has no place for the weights of pairs.
+    let [mut aot, _] = split(&Objective::new(DpoLoss::named("aot").unwrap()), false);
+    let batch = PreferenceBatch::new(pairs()).unwrap();
+    assert!(matches!(aot.step(&batch), Err(Error::Unusable { .. })));
 }
 
 #[test]
@@ -180,4 +309,60 @@ fn a_reference_that_gives_nan_is_named() {
             .train(&[], &EpochConfig::default(), &mut [])
             .is_err()
     );
+}
+
+/// Counts the tokens that a packing model computes.
+struct Spy {
+    model: Bigram,
+    tokens: Arc<AtomicUsize>,
+}
+
+impl Parameters for Spy {
+    fn named_parameters(&self) -> Vec<(String, Tensor)> {
+        self.model.named_parameters()
+    }
+}
+
+impl Policy for Spy {
+    fn logits(&self, batch: &PaddedBatch) -> CoreResult<Tensor> {
+        self.model.logits(batch)
+    }
+
+    fn logprobs(
+        &self,
+        batch: &SequenceBatch,
+        options: &LogprobOptions,
+    ) -> CoreResult<TokenLogprobs> {
+        let packed = batch.packed(self.device()).input_ids.numel();
+        self.tokens.fetch_add(packed, Ordering::Relaxed);
+        self.model.logprobs(batch, options)
+    }
+}
+
+#[test]
+fn a_prompt_is_computed_once_for_both_answers() {
+    let pairs = [
+        Preference::new(vec![1; 50], [2, 3], [4]),
+        Preference::new(vec![5; 20], [6], [7, 8, 9]),
+    ];
+    let batch = PreferenceBatch::new(pairs.to_vec()).unwrap();
+    let once = 50 + 3 + 20 + 4;
+    let tokens = || Arc::new(AtomicUsize::new(0));
+    let spy = |tokens: &Arc<AtomicUsize>| Spy {
+        model: Bigram::new(0.0),
+        tokens: Arc::clone(tokens),
+    };
+    let [policy, reference] = [tokens(), tokens()];
+    let (model, like) = (spy(&policy), spy(&reference));
+    let mut trainer = DpoTrainer::new(model, like, DpoConfig::default()).unwrap();
+    trainer.step(&batch).unwrap();
+    for count in [&policy, &reference] {
+        assert_eq!(count.load(Ordering::Relaxed), once);
+    }
+    // ORPO learns the prompts too, which it computes apart.
+    let orpo = tokens();
+    let config = DpoConfig::of(DpoLoss::Orpo);
+    let mut trainer = DpoTrainer::new(spy(&orpo), Reference::Free, config).unwrap();
+    trainer.step(&batch).unwrap();
+    assert_eq!(orpo.load(Ordering::Relaxed), once + 50 + 20);
 }
