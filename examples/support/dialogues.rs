@@ -14,13 +14,13 @@ use rlhf::models::data::{EncodeOptions, Encoded, Overlong, Rows, encode};
 use rlhf::models::{CausalLm, Tokenizer};
 use rlhf::reward::rouge::rouge_l;
 
-pub type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
+pub(crate) type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
 /// Makes the tokenizer of a model without a chat template one of conversations.
 const TEMPLATE: &str = include_str!("../data/dialogues/chat_template.jinja");
 
 /// The tokenizer of the model in `dir`, with a chat template in any case; its files are in `out`.
-pub fn tokenizer(dir: &Path, out: &Path) -> Result<Tokenizer> {
+pub(crate) fn tokenizer(dir: &Path, out: &Path) -> Result<Tokenizer> {
     let tokenizer = Tokenizer::from_dir(dir)?;
     tokenizer.save(out)?;
     if tokenizer.has_chat_template() {
@@ -31,14 +31,14 @@ pub fn tokenizer(dir: &Path, out: &Path) -> Result<Tokenizer> {
 }
 
 /// Comparisons to learn from, and those that are held out.
-pub struct Data {
-    pub train: Vec<Preference>,
-    pub valid: Vec<Preference>,
+pub(crate) struct Data {
+    pub(crate) train: Vec<Preference>,
+    pub(crate) valid: Vec<Preference>,
 }
 
 impl Data {
     /// Reads `train.jsonl` and `valid.jsonl` in `dir`, and says what was left out.
-    pub fn read(dir: &Path, tokenizer: &Tokenizer, max_length: usize) -> Result<Self> {
+    pub(crate) fn read(dir: &Path, tokenizer: &Tokenizer, max_length: usize) -> Result<Self> {
         let options = EncodeOptions {
             max_tokens: Some(max_length),
             overlong: Overlong::Drop,
@@ -58,20 +58,20 @@ impl Data {
     }
 
     /// The prompts that are held out.
-    pub fn prompts(&self) -> Vec<Arc<[i64]>> {
+    pub(crate) fn prompts(&self) -> Vec<Arc<[i64]>> {
         self.valid.iter().map(|pair| pair.prompt.clone()).collect()
     }
 }
 
 /// What a member of the family minimises.
 #[derive(Debug, Clone)]
-pub enum Loss {
+pub(crate) enum Loss {
     Pairs(Objective),
     Labels(KtoObjective),
 }
 
 /// The losses that `--loss` asks for, by name.
-pub fn family(name: &str, beta: Option<f64>) -> Result<Vec<(&'static str, Loss)>> {
+pub(crate) fn family(name: &str, beta: Option<f64>) -> Result<Vec<(&'static str, Loss)>> {
     let pairs = DpoLoss::FAMILY
         .into_iter()
         .map(|(name, loss)| (name, Loss::Pairs(loss.into())));
@@ -104,26 +104,29 @@ pub fn family(name: &str, beta: Option<f64>) -> Result<Vec<(&'static str, Loss)>
 }
 
 /// Judges a model by its log-ratios to the reference, whatever it was trained with; gives it back.
-pub fn judged(model: CausalLm, valid: &[ScoredPreference]) -> Result<(DpoEvaluation, CausalLm)> {
+pub(crate) fn judged(
+    model: CausalLm,
+    valid: &[ScoredPreference],
+) -> Result<(DpoEvaluation, CausalLm)> {
     let trainer = DpoTrainer::new(model, Reference::Scored, DpoConfig::default())?;
     let evaluation = trainer.evaluate_scored(valid)?;
     Ok((evaluation, trainer.into_model()))
 }
 
 /// How a member has done on what was held out.
-pub struct Outcome {
-    pub name: &'static str,
-    pub evaluation: DpoEvaluation,
+pub(crate) struct Outcome {
+    pub(crate) name: &'static str,
+    pub(crate) evaluation: DpoEvaluation,
     /// Nats an answer.
-    pub kl: f64,
+    pub(crate) kl: f64,
     /// ROUGE-L F1 of the sampled answers with the good ones, in percent.
-    pub rouge: f64,
-    pub tokens: f64,
-    pub seconds: f64,
+    pub(crate) rouge: f64,
+    pub(crate) tokens: f64,
+    pub(crate) seconds: f64,
 }
 
 /// Mean ROUGE-L F1 of `answers` with the chosen ones, in percent.
-pub fn rouge(answers: &SampledAnswers, data: &Data, tokenizer: &Tokenizer) -> Result<f64> {
+pub(crate) fn rouge(answers: &SampledAnswers, data: &Data, tokenizer: &Tokenizer) -> Result<f64> {
     let sequences = answers.completions.batch.sequences();
     let mut sum = 0.0;
     for (answer, pair) in sequences.iter().zip(&data.valid) {
@@ -134,7 +137,7 @@ pub fn rouge(answers: &SampledAnswers, data: &Data, tokenizer: &Tokenizer) -> Re
 }
 
 /// The members side by side.
-pub struct Table<'a>(pub &'a [Outcome]);
+pub(crate) struct Table<'a>(pub(crate) &'a [Outcome]);
 
 impl fmt::Display for Table<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -171,7 +174,7 @@ impl fmt::Display for Table<'_> {
 }
 
 /// The first `rows` of what was sampled, before and after.
-pub fn shown(
+pub(crate) fn shown(
     before: &SampledAnswers,
     after: &SampledAnswers,
     tokenizer: &Tokenizer,

@@ -104,8 +104,10 @@ fn the_split_into_microbatches_does_not_matter() {
     let mut weighted = Objective::mpo();
     weighted.weighting = PairWeighting::Wpo;
     assert_same_steps("weighted MPO", split(&weighted, false), &pairs);
-    let mut shared = Objective::default();
-    shared.ld_alpha = Some(0.3);
+    let shared = Objective {
+        ld_alpha: Some(0.3),
+        ..Objective::default()
+    };
     assert_same_steps("LD-DPO", split(&shared, false), &pairs);
     let free = Objective::sum(
         [
@@ -162,8 +164,10 @@ fn a_reference_that_a_loss_cannot_use_is_refused() {
             "apo_down"
         ]
     );
-    let mut diverging = Objective::default();
-    diverging.divergence = Divergence::ForwardKl;
+    let diverging = Objective {
+        divergence: Divergence::ForwardKl,
+        ..Objective::default()
+    };
     assert_eq!(refused(diverging, Reference::Free), Some("divergence"));
     let both = Objective::sum(
         [
