@@ -28,9 +28,9 @@ use clap::Parser;
 use dialogues::{Data, Loss, Outcome, Table, family, judged, rouge, shown};
 use rlhf::core::{EpochConfig, GenerationConfig, Kind, Observer, SamplingConfig, Sequence};
 use rlhf::dpo::{
-    ChosenFalls, ChosenWatch, DpoConfig, DpoEvaluation, DpoTrainer, Fingerprint, KtoConfig,
-    KtoObjective, KtoTrainer, LabelledAnswer, Objective, Reference, ReferenceCache, SampleConfig,
-    SampledAnswers, ScoredPreference, WatchConfig, sample_answers,
+    ChosenFalls, ChosenWatch, DpoConfig, DpoTrainer, Fingerprint, KtoConfig, KtoObjective,
+    KtoTrainer, LabelledAnswer, Objective, Reference, ReferenceCache, SampleConfig, SampledAnswers,
+    ScoredPreference, WatchConfig, sample_answers,
 };
 use rlhf::models::{CausalLm, LoadOptions, LoraConfig, Tokenizer};
 use rlhf::scale::{Schedule, UpdateConfig};
@@ -54,13 +54,13 @@ struct Options {
     #[arg(long, default_value = "runs/dialogue")]
     out: PathBuf,
     /// Passes over the comparisons.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 1)]
     epochs: u64,
     /// Comparisons of a step.
     #[arg(long, default_value_t = 8)]
     batch: usize,
     /// Peak learning rate.
-    #[arg(long, default_value_t = 2e-3)]
+    #[arg(long, default_value_t = 5e-4)]
     lr: f64,
     /// How strongly the policy is held to the reference; each loss has its own default.
     #[arg(long)]
@@ -68,7 +68,7 @@ struct Options {
     /// Rank of the adapter.
     #[arg(long, default_value_t = 8)]
     rank: i64,
-    /// Passes of supervised learning before: 6 for the embedded model, else none.
+    /// Passes of supervised learning before: 3 for the embedded model, else none.
     #[arg(long)]
     warm_up: Option<u64>,
     /// Writes a whole model (Hugging Face) in place of an adapter (PEFT).
@@ -110,18 +110,17 @@ fn run(options: &Options) -> Result<()> {
     let base = warmed_up(options, model, &data)?;
 
     let runner = Runner::new(options, base, tokenizer, data)?;
-    let evaluation = judged(runner.base.try_clone()?, &runner.valid)?.0;
-    let mut outcomes = vec![runner.outcome("before", evaluation, &runner.before, 0.0)?];
+    let (outcome, before, _) = runner.outcome("before", runner.base.try_clone()?, 0.0)?;
+    let mut outcomes = vec![outcome];
     for (name, loss) in &members {
         let started = Instant::now();
         let model = runner.train(loss)?;
         let seconds = started.elapsed().as_secs_f64();
-        let answers = sample_answers(&model, &runner.data.prompts(), &runner.sampling)?;
-        let (evaluation, model) = judged(model, &runner.valid)?;
-        println!("{name}: {evaluation}");
-        outcomes.push(runner.outcome(name, evaluation, &answers, seconds)?);
+        let (outcome, answers, model) = runner.outcome(name, model, seconds)?;
+        println!("{name}: {}", outcome.evaluation);
+        outcomes.push(outcome);
         if members.len() == 1 {
-            let table = shown(&runner.before, &answers, &runner.tokenizer, options.show)?;
+            let table = shown(&before, &answers, &runner.tokenizer, options.show)?;
             println!("\n{table}");
             runner.save(model)?;
         }
@@ -134,7 +133,7 @@ fn run(options: &Options) -> Result<()> {
 fn warmed_up(options: &Options, model: CausalLm, data: &Data) -> Result<CausalLm> {
     let epochs = options.warm_up.unwrap_or(match options.model {
         Some(_) => 0,
-        None => 6,
+        None => 3,
     });
     if epochs == 0 {
         return Ok(model);
@@ -153,7 +152,7 @@ fn warmed_up(options: &Options, model: CausalLm, data: &Data) -> Result<CausalLm
         microbatch_size: 16,
         ..SftConfig::default()
     };
-    config.update = update(1e-3, epochs.total_steps(both.len()));
+    config.update = update(5e-4, epochs.total_steps(both.len()));
     let mut trainer = SftTrainer::new(model, config)?;
     trainer.train(&both, &epochs, &mut [])?;
     let perplexity = trainer.evaluate(&both)?.perplexity;
@@ -186,9 +185,6 @@ struct Runner<'a> {
     /// The comparisons under the base model, which is every member's reference.
     train: Vec<ScoredPreference>,
     valid: Vec<ScoredPreference>,
-    sampling: SampleConfig,
-    /// What the base model answers.
-    before: SampledAnswers,
 }
 
 impl<'a> Runner<'a> {
@@ -199,24 +195,13 @@ impl<'a> Runner<'a> {
             let cache = ReferenceCache::new(options.out.join(format!("{name}-{print}.ref")), print);
             cache.complete(&base, pairs, &DpoConfig::default().score_options())
         };
-        let sampling = SampleConfig {
-            generation: GenerationConfig {
-                max_new_tokens: 40,
-                sampling: SamplingConfig::default(),
-                stop_token_ids: tokenizer.stop_token_ids().to_vec(),
-                ..GenerationConfig::default()
-            },
-            seed: options.seed,
-        };
         Ok(Self {
             train: scored("train", &data.train)?,
             valid: scored("valid", &data.valid)?,
-            before: sample_answers(&base, &data.prompts(), &sampling)?,
             options,
             base,
             tokenizer,
             data,
-            sampling,
         })
     }
 
@@ -277,21 +262,39 @@ impl<'a> Runner<'a> {
         }
     }
 
+    /// How a model does on what is held out, and its likeliest answers. The KL is estimated on
+    /// answers that are sampled.
     fn outcome(
         &self,
         name: &'static str,
-        evaluation: DpoEvaluation,
-        answers: &SampledAnswers,
+        model: CausalLm,
         seconds: f64,
-    ) -> Result<Outcome> {
-        Ok(Outcome {
+    ) -> Result<(Outcome, SampledAnswers, CausalLm)> {
+        let answers = |sampling| {
+            let generation = GenerationConfig {
+                max_new_tokens: 40,
+                sampling,
+                stop_token_ids: self.tokenizer.stop_token_ids().to_vec(),
+                ..GenerationConfig::default()
+            };
+            let config = SampleConfig {
+                generation,
+                seed: self.options.seed,
+            };
+            sample_answers(&model, &self.data.prompts(), &config)
+        };
+        let likeliest = answers(SamplingConfig::greedy())?;
+        let kl = answers(SamplingConfig::default())?.kl(&self.base)?;
+        let (evaluation, model) = judged(model, &self.valid)?;
+        let outcome = Outcome {
             name,
             evaluation,
-            kl: answers.kl(&self.base)?,
-            rouge: rouge(answers, &self.data, &self.tokenizer)?,
-            tokens: answers.mean_tokens(),
+            kl,
+            rouge: rouge(&likeliest, &self.data, &self.tokenizer)?,
+            tokens: likeliest.mean_tokens(),
             seconds,
-        })
+        };
+        Ok((outcome, likeliest, model))
     }
 
     /// An adapter as PEFT reads it, or a whole model as transformers does; the tokenizer is there.

@@ -49,9 +49,9 @@ def answer(content):
 def second(rng, pair, other):
     """Two texts one after the other; the bad answer is still about the first."""
     prompt = said(
-        f"{rng.choice(ASK)} {words(other['text'], 0, 10)}",
+        f"{rng.choice(ASK)} {words(other['text'], 0, 8)}",
         other["summary"],
-        f"{rng.choice(ASK_AGAIN)} {words(pair['text'], 0, 16)}",
+        f"{rng.choice(ASK_AGAIN)} {words(pair['text'], 0, 14)}",
     )
     return prompt, pair["summary"], other["summary"]
 
@@ -59,14 +59,14 @@ def second(rng, pair, other):
 def plain(rng, pair, other):
     """A question in two messages; the bad answer is the good one wrapped in chatter."""
     del other
-    prompt = said(rng.choice(HELLO), rng.choice(REPLY), f"{rng.choice(ASK)} {words(pair['text'], 0, 22)}")
+    prompt = said(rng.choice(HELLO), rng.choice(REPLY), f"{rng.choice(ASK)} {words(pair['text'], 0, 18)}")
     return prompt, pair["summary"], f"{rng.choice(CHATTER)} {pair['summary']}. {rng.choice(GOODBYE)}"
 
 
 def shorter(rng, pair, other):
     """A long answer that is to become short; the bad one becomes longer."""
     del other
-    prompt = said(f"{rng.choice(ASK)} {words(pair['text'], 0, 20)}", words(pair["text"], 0, 10), rng.choice(SHORTER))
+    prompt = said(f"{rng.choice(ASK)} {words(pair['text'], 0, 16)}", words(pair["text"], 0, 10), rng.choice(SHORTER))
     return prompt, pair["summary"], words(pair["text"], 0, 16)
 
 

@@ -119,7 +119,7 @@ pub(crate) struct Outcome {
     pub(crate) evaluation: DpoEvaluation,
     /// Nats an answer.
     pub(crate) kl: f64,
-    /// ROUGE-L F1 of the sampled answers with the good ones, in percent.
+    /// ROUGE-L F1 of the likeliest answers with the good ones, in percent.
     pub(crate) rouge: f64,
     pub(crate) tokens: f64,
     pub(crate) seconds: f64,
@@ -157,7 +157,11 @@ impl fmt::Display for Table<'_> {
             let number = |x: f64| format!("{x:.2}");
             line([
                 outcome.name,
-                &format!("{:.1}%", 100.0 * e.accuracy),
+                // Before, policy and reference are the same, and every pair is a tie.
+                &match e.margin == 0.0 {
+                    true => "-".into(),
+                    false => format!("{:.1}%", 100.0 * e.accuracy),
+                },
                 &number(e.margin / beta),
                 &number(e.chosen / beta),
                 &number(outcome.kl),

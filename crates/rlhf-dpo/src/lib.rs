@@ -1,8 +1,14 @@
 //! Preference optimisation without a reward model: DPO and its family.
 //!
-//! [`DpoTrainer`] trains any [`Policy`](core::Policy) on comparisons, held to a reference by one of
-//! the losses of [`DpoLoss`]. Here is a bigram model, which is to learn that after 0 people prefer
-//! 1 to 2:
+//! | data | trainer | losses |
+//! |---|---|---|
+//! | comparisons | [`DpoTrainer`] | [`DpoLoss`], weighted sums of them and their options: [`Objective`] |
+//! | answers that are good or not | [`KtoTrainer`] | [`KtoLoss`] |
+//! | prompts, and a judge of answers | [`OnlineDpoTrainer`] | as for comparisons |
+//!
+//! Each trains any [`Policy`](core::Policy), held to a [`Reference`]: a frozen copy, the policy with
+//! its adapters off, log-probabilities [kept on disk](ReferenceCache), or none. Here is a bigram
+//! model, which is to learn that after 0 people prefer 1 to 2:
 //!
 //! ```
 //! use rlhf_dpo::core::{EpochConfig, PaddedBatch, Parameters, Policy, Preference, Result};
@@ -43,9 +49,13 @@
 //! # Ok::<(), rlhf_dpo::Error>(())
 //! ```
 //!
+//! The losses are pure functions too ([`dpo_loss`], [`kto_loss`]). `docs/preference.md` in the
+//! repository says which loss is for what, what is refused, and how a batch's split is kept out of
+//! the result; `examples/dialogue_dpo.rs` compares the whole family on conversations.
+//!
 //! # Which crate do I need?
 //!
-//! This one to learn from comparisons alone; `rlhf-reward` and `rlhf-ppo` to train a judge on them
+//! This one to learn from preferences alone; `rlhf-reward` and `rlhf-ppo` to train a judge on them
 //! first; `rlhf-sft` before either. `rlhf-models` has policies made from Hugging Face checkpoints.
 
 mod cache;
