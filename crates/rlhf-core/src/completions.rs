@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result, SequenceBatch};
+use crate::{Error, KeptTokens, Result, SequenceBatch};
 
 /// Why a response ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -40,6 +40,10 @@ pub struct Completions {
     /// Log-probabilities (nats) of the same tokens under the policy's own distribution: before
     /// penalties, temperature and filters. The same numbers where there are none of these.
     pub policy_logprobs: Option<Vec<Vec<f32>>>,
+    /// The tokens that could be drawn at each step, one list per sequence, where a filter was at
+    /// work and [`Generator::with_kept_tokens`](crate::Generator::with_kept_tokens) asked for
+    /// them.
+    pub kept: Option<Vec<KeptTokens>>,
 }
 
 impl Completions {
@@ -52,6 +56,7 @@ impl Completions {
             finish_reasons,
             sampling_logprobs: None,
             policy_logprobs: None,
+            kept: None,
         }
     }
 
@@ -100,6 +105,7 @@ impl Completions {
             finish_reasons: pick(&self.finish_reasons, indices),
             sampling_logprobs: self.sampling_logprobs.as_ref().map(|l| pick(l, indices)),
             policy_logprobs: self.policy_logprobs.as_ref().map(|l| pick(l, indices)),
+            kept: self.kept.as_ref().map(|k| pick(k, indices)),
         })
     }
 }

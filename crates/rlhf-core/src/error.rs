@@ -40,6 +40,18 @@ pub enum Error {
         /// Size of the vocabulary, `i64::MAX` where it is not known.
         vocab_size: i64,
     },
+    /// A response token is not among those that its sampling filter kept.
+    #[error(
+        "token {id} at position {position} of response {row} is not among those kept when it was sampled"
+    )]
+    TokenNotKept {
+        /// Row in the batch.
+        row: usize,
+        /// Position in the response.
+        position: usize,
+        /// The token.
+        id: i64,
+    },
     /// A sequence is longer than the model's context window.
     #[error("sequence {row} has {length} tokens but the model's context window is {max_length}")]
     TooLong {

@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::rng::RngStreams;
 use crate::sampling::SamplingConfig;
-use crate::{Completions, Detokenize, Error, Policy, Result, Sequence, SequenceBatch, Text};
+use crate::{
+    Completions, Detokenize, Error, KeptTokens, Policy, Result, Sequence, SequenceBatch, Text,
+};
 
 use rows::{Row, Rows};
 
@@ -66,6 +68,21 @@ impl Default for GenerationConfig {
 }
 
 impl GenerationConfig {
+    /// Whether some tokens may be out of reach at some step: by top-k, top-p or min-p, or because
+    /// a response is too short to stop.
+    pub fn narrows(&self) -> bool {
+        let SamplingConfig {
+            top_k,
+            top_p,
+            min_p,
+            ..
+        } = self.sampling;
+        top_k.is_some()
+            || top_p.is_some()
+            || min_p.is_some()
+            || (self.min_new_tokens > 0 && !self.stop_token_ids.is_empty())
+    }
+
     /// Checks every field.
     ///
     /// # Errors
@@ -127,6 +144,7 @@ pub struct Generator<'a, P: ?Sized> {
     policy: &'a P,
     config: &'a GenerationConfig,
     detokenizer: Option<&'a dyn Detokenize>,
+    kept_tokens: bool,
 }
 
 impl<'a, P: Policy + ?Sized> Generator<'a, P> {
@@ -140,6 +158,7 @@ impl<'a, P: Policy + ?Sized> Generator<'a, P> {
             policy,
             config,
             detokenizer: None,
+            kept_tokens: false,
         })
     }
 
@@ -147,6 +166,15 @@ impl<'a, P: Policy + ?Sized> Generator<'a, P> {
     #[must_use]
     pub fn with_detokenizer(mut self, detokenizer: &'a dyn Detokenize) -> Self {
         self.detokenizer = Some(detokenizer);
+        self
+    }
+
+    /// Notes which tokens could be drawn at each step ([`Completions::kept`]), where a filter or a
+    /// ban takes any away: what a trainer needs to compute the probabilities that were sampled
+    /// from.
+    #[must_use]
+    pub fn with_kept_tokens(mut self) -> Self {
+        self.kept_tokens = true;
         self
     }
 
@@ -220,13 +248,18 @@ impl<'a, P: Policy + ?Sized> Generator<'a, P> {
             })
             .collect();
         let decoder = self.policy.decoder(self.config.max_new_tokens)?;
-        Rows::new(decoder, self.config.clone(), self.detokenizer, rows)
+        let rows = Rows::new(decoder, self.config.clone(), self.detokenizer, rows)?;
+        Ok(match self.kept_tokens && self.config.narrows() {
+            true => rows.with_kept_tokens(),
+            false => rows,
+        })
     }
 
     fn completions(&self, rows: Vec<Row>) -> Result<Completions> {
         let finish_reasons = rows.iter().map(|row| row.finish).collect();
         let (mut sequences, mut texts) = (Vec::new(), Vec::new());
         let (mut sampling_logprobs, mut policy_logprobs) = (Vec::new(), Vec::new());
+        let mut kept: Vec<KeptTokens> = Vec::new();
         for row in rows {
             if let Some(detokenizer) = self.detokenizer {
                 let response = match row.text.stopped_at() {
@@ -239,6 +272,7 @@ impl<'a, P: Policy + ?Sized> Generator<'a, P> {
             sequences.push(Sequence::new(row.prompt, row.response));
             sampling_logprobs.push(row.sampling_logprobs);
             policy_logprobs.push(row.policy_logprobs);
+            kept.extend(row.kept.map(KeptTokens::from));
         }
         Ok(Completions {
             batch: SequenceBatch::new(sequences)?,
@@ -246,6 +280,7 @@ impl<'a, P: Policy + ?Sized> Generator<'a, P> {
             finish_reasons,
             sampling_logprobs: Some(sampling_logprobs),
             policy_logprobs: Some(policy_logprobs),
+            kept: (!kept.is_empty()).then_some(kept),
         })
     }
 }

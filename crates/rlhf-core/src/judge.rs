@@ -3,7 +3,10 @@
 use rayon::prelude::*;
 use tch::Tensor;
 
-use crate::{Completions, Error, Parameters, Result, SequenceBatch, Stats, Text};
+use crate::{
+    Completions, Error, KeptTokens, LogprobOptions, Parameters, Policy, Result, SequenceBatch,
+    Stats, Text, TokenLogprobs,
+};
 
 /// How good a completion is.
 pub trait RewardModel: Send {
@@ -53,6 +56,37 @@ pub trait ValueModel: Parameters + Send {
     /// # Errors
     /// Whatever the model finds wrong, wrapped by [`Error::model`] if it is not an [`Error`].
     fn values(&self, batch: &SequenceBatch) -> Result<Tensor>;
+
+    /// As [`Policy::disable_dropout`].
+    fn disable_dropout(&mut self) {}
+}
+
+/// A policy with a critic of its own on the same trunk: one forward pass gives both.
+///
+/// The gradient of the value loss reaches the trunk, as in lm-human-preferences and
+/// `AutoModelForCausalLMWithValueHead` of TRL. Its weights are among the policy's
+/// [`named_parameters`](Parameters::named_parameters).
+pub trait ActorCritic: Policy {
+    /// [`Policy::logprobs`], or [`Policy::logprobs_within`] where there are kept sets, and the
+    /// values that [`ValueModel::values`] describes.
+    ///
+    /// # Shapes
+    /// `[B, R]` and `[B, R + 1]` f32.
+    ///
+    /// # Errors
+    /// Those of [`Policy::logprobs_within`].
+    fn logprobs_and_values(
+        &self,
+        batch: &SequenceBatch,
+        kept: Option<&[KeptTokens]>,
+        options: &LogprobOptions,
+    ) -> Result<(TokenLogprobs, Tensor)>;
+
+    /// The values alone. `[B, R + 1]` f32.
+    ///
+    /// # Errors
+    /// Those of [`ValueModel::values`].
+    fn state_values(&self, batch: &SequenceBatch) -> Result<Tensor>;
 }
 
 /// A model whose judgement of sequences is trained: what becomes a reward, cost or label model.

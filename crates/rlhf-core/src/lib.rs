@@ -87,6 +87,7 @@ mod epochs;
 mod error;
 mod generate;
 mod judge;
+mod kept;
 mod logprobs;
 mod masked;
 mod observer;
@@ -108,10 +109,14 @@ pub use epochs::{CheckpointConfig, EpochConfig, EpochTrainer, train_epochs};
 pub use error::{Error, Result, check_same_shape};
 pub use generate::{BestOfN, GenerationConfig, Generator, TextPiece, TextStream, generate};
 pub use judge::{
-    ConstraintFn, ConstraintModel, RewardFn, RewardModel, Scorer, ValueModel, constraint_fn,
-    reward_fn,
+    ActorCritic, ConstraintFn, ConstraintModel, RewardFn, RewardModel, Scorer, ValueModel,
+    constraint_fn, reward_fn,
 };
-pub use logprobs::{TokenLogprobs, entropy, gather_logprobs, response_logprobs};
+pub use kept::{KeptSet, KeptTokens, check_kept, dropped_mask};
+pub use logprobs::{
+    DROPPED_LOGIT, TokenLogprobs, entropy, gather_logprobs, response_logprobs,
+    response_logprobs_within,
+};
 pub use masked::{
     Shift, Variance, WHITEN_EPSILON, masked_mean, masked_sum, masked_var, masked_whiten,
 };

@@ -2,7 +2,9 @@
 
 use tch::{Kind, Tensor};
 
-use crate::{Error, LogprobOptions, Result, SequenceBatch};
+use crate::{
+    Error, KeptSet, KeptTokens, LogprobOptions, Result, SequenceBatch, check_kept, dropped_mask,
+};
 
 /// Log-probabilities of response tokens.
 #[derive(Debug)]
@@ -34,6 +36,10 @@ pub fn entropy(logits: &Tensor) -> Tensor {
     -(logprobs.exp() * logprobs).sum_dim_intlist([-1i64].as_slice(), false, Kind::Float)
 }
 
+/// Takes the place of the logits of tokens that were dropped: so low that they have probability 0,
+/// and finite, so that no product with a probability is NaN.
+pub const DROPPED_LOGIT: f64 = -1e15;
+
 /// Scores the responses of `batch` under logits of its right-padded layout: the logits at a
 /// token predict the token after it.
 ///
@@ -47,6 +53,39 @@ pub fn response_logprobs(
     batch: &SequenceBatch,
     options: &LogprobOptions,
 ) -> Result<TokenLogprobs> {
+    let logits = response_logits(logits, batch, options)?;
+    Ok(scored(&logits, batch, options))
+}
+
+/// [`response_logprobs`] under the distribution over the tokens that were kept at each step.
+///
+/// # Errors
+/// Those of [`response_logprobs`] and [`check_kept`].
+pub fn response_logprobs_within(
+    logits: &Tensor,
+    batch: &SequenceBatch,
+    kept: &[KeptTokens],
+    options: &LogprobOptions,
+) -> Result<TokenLogprobs> {
+    check_kept(batch, kept)?;
+    let logits = response_logits(logits, batch, options)?;
+    let size = logits.size();
+    let none = KeptSet::All;
+    let sets: Vec<&KeptSet> = kept
+        .iter()
+        .flat_map(|row| (0..size[1] as usize).map(|t| row.get(t).unwrap_or(&none)))
+        .collect();
+    let dropped = dropped_mask(&sets, size[2], logits.device())?.f_view_as(&logits)?;
+    let logits = logits.f_masked_fill(&dropped, DROPPED_LOGIT)?;
+    Ok(scored(&logits, batch, options))
+}
+
+/// The logits that predict each response token, divided by the temperature. `[B, R, V]`.
+fn response_logits(
+    logits: &Tensor,
+    batch: &SequenceBatch,
+    options: &LogprobOptions,
+) -> Result<Tensor> {
     let size = logits.size();
     let (rows, width) = (batch.len() as i64, batch.max_len() as i64);
     if size.len() != 3 || size[0] != rows || size[1] != width {
@@ -58,7 +97,6 @@ pub fn response_logprobs(
         });
     }
     let (device, vocab) = (logits.device(), size[2]);
-    let mask = batch.response_mask(device);
     let responses = batch.max_response_len() as i64;
     // Row i's response starts at column P_i, so the logits that predict it start at P_i - 1.
     let starts: Vec<i64> = batch
@@ -72,16 +110,20 @@ pub fn response_logprobs(
         .clamp_max(width - 1)
         .unsqueeze(-1)
         .expand([-1, -1, vocab], false);
-    let logits = logits.f_gather(1, &columns, false)? / options.temperature;
-    let ids = batch.responses(0, device);
+    Ok(logits.f_gather(1, &columns, false)? / options.temperature)
+}
+
+fn scored(logits: &Tensor, batch: &SequenceBatch, options: &LogprobOptions) -> TokenLogprobs {
+    let mask = batch.response_mask(logits.device());
+    let ids = batch.responses(0, logits.device());
     let outside = mask.logical_not();
-    Ok(TokenLogprobs {
-        logprobs: gather_logprobs(&logits, &ids).masked_fill(&outside, 0.0),
+    TokenLogprobs {
+        logprobs: gather_logprobs(logits, &ids).masked_fill(&outside, 0.0),
         entropy: options
             .entropy
-            .then(|| entropy(&logits).masked_fill(&outside, 0.0)),
+            .then(|| entropy(logits).masked_fill(&outside, 0.0)),
         mask,
-    })
+    }
 }
 
 #[cfg(test)]
@@ -120,5 +162,44 @@ mod tests {
         let entropy = out.entropy.unwrap();
         assert!((entropy.double_value(&[1, 0]) - 2f64.ln()).abs() < 1e-6);
         assert_eq!(entropy.double_value(&[1, 1]), 0.0);
+    }
+
+    #[test]
+    fn within_a_kept_set_probabilities_sum_to_one() {
+        let batch =
+            SequenceBatch::new(vec![Sequence::new([0], [1, 0]), Sequence::new([0], [2])]).unwrap();
+        let row = Tensor::from_slice(&[0.0f32, 1.0, 2.0]);
+        let logits = row
+            .view([1, 1, 3])
+            .repeat([2, 3, 1])
+            .set_requires_grad(true);
+        let options = LogprobOptions {
+            temperature: 0.5,
+            entropy: true,
+        };
+        let kept: [KeptTokens; 2] = [
+            vec![KeptSet::Only([1, 2].into()), KeptSet::AllBut([2].into())].into(),
+            vec![KeptSet::Only([2].into())].into(),
+        ];
+        let out = response_logprobs_within(&logits, &batch, &kept, &options).unwrap();
+        let got = |i, j| out.logprobs.double_value(&[i, j]);
+        let softplus = |x: f64| x.exp().ln_1p();
+        for (value, want) in [
+            (got(0, 0), -softplus(2.0)), // against token 2, 1 / 0.5 above
+            (got(0, 1), -softplus(2.0)), // token 0 against token 1
+            (got(1, 0), 0.0),            // nothing else was left
+        ] {
+            assert!((value - want).abs() < 1e-6, "{value} is not {want}");
+        }
+        let entropy = out.entropy.unwrap();
+        assert_eq!(entropy.double_value(&[1, 0]), 0.0);
+        (out.logprobs.sum(Kind::Float) + entropy.sum(Kind::Float)).backward();
+        let gradient = logits.grad();
+        assert!(bool::try_from(gradient.isfinite().all()).unwrap());
+        assert_eq!(gradient.double_value(&[0, 0, 0]), 0.0); // dropped there
+
+        let outside: [KeptTokens; 2] = [kept[0].clone(), vec![KeptSet::Only([1].into())].into()];
+        let error = response_logprobs_within(&logits, &batch, &outside, &options).unwrap_err();
+        assert!(matches!(error, Error::TokenNotKept { row: 1, id: 2, .. }));
     }
 }

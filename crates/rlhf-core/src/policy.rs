@@ -2,10 +2,10 @@
 
 use tch::{Kind, Tensor};
 
-use crate::logprobs::{TokenLogprobs, response_logprobs};
+use crate::logprobs::{TokenLogprobs, response_logprobs, response_logprobs_within};
 use crate::{
-    Decoder, Device, Error, PaddedBatch, PaddingSide, Parameters, RecomputeDecoder, Result,
-    SequenceBatch,
+    Decoder, Device, Error, KeptTokens, PaddedBatch, PaddingSide, Parameters, RecomputeDecoder,
+    Result, SequenceBatch,
 };
 
 /// What [`Policy::logprobs`] computes.
@@ -98,6 +98,36 @@ pub trait Policy: Parameters + Send {
         response_logprobs(&logits, batch, options)
     }
 
+    /// [`logprobs`](Self::logprobs) under the distribution over the tokens that a sampling filter
+    /// kept at each step, which is what the response was drawn from: the same set for the policy
+    /// of the rollout, the one being trained and the reference, so that their ratios are those of
+    /// distributions over the same tokens.
+    ///
+    /// The default computes all logits; models override it with the fast path.
+    ///
+    /// # Errors
+    /// Those of [`logprobs`](Self::logprobs) and [`check_kept`](crate::check_kept).
+    fn logprobs_within(
+        &self,
+        batch: &SequenceBatch,
+        kept: &[KeptTokens],
+        options: &LogprobOptions,
+    ) -> Result<TokenLogprobs> {
+        options.validate()?;
+        if let Some(max_length) = self.max_length() {
+            batch.check_length(max_length)?;
+        }
+        let device = self.device();
+        let padded = batch.padded(self.pad_token_id(), PaddingSide::Right, device);
+        let logits = self.logits(&padded)?.f_to_kind(Kind::Float)?;
+        response_logprobs_within(&logits, batch, kept, options)
+    }
+
+    /// Switches off whatever makes two forward passes differ, dropout above all. Trainers that
+    /// compare the log-probabilities of two passes call it; a model without dropout has nothing
+    /// to do.
+    fn disable_dropout(&mut self) {}
+
     /// A decoder for prompts and at most `max_new_tokens` tokens after each.
     ///
     /// The default computes the whole sequence again for every token; models override it with a
@@ -126,6 +156,17 @@ impl<P: Policy + ?Sized> Policy for Box<P> {
     }
     fn logprobs(&self, batch: &SequenceBatch, options: &LogprobOptions) -> Result<TokenLogprobs> {
         (**self).logprobs(batch, options)
+    }
+    fn logprobs_within(
+        &self,
+        batch: &SequenceBatch,
+        kept: &[KeptTokens],
+        options: &LogprobOptions,
+    ) -> Result<TokenLogprobs> {
+        (**self).logprobs_within(batch, kept, options)
+    }
+    fn disable_dropout(&mut self) {
+        (**self).disable_dropout();
     }
     fn decoder(&self, max_new_tokens: usize) -> Result<Box<dyn Decoder + '_>> {
         (**self).decoder(max_new_tokens)

@@ -3,14 +3,15 @@
 use std::path::Path;
 
 use rlhf_core::{
-    Decoder, LogprobOptions, PackedBatch, PaddedBatch, Parameters, Policy, Segment, SequenceBatch,
-    TokenLogprobs,
+    Decoder, KeptSet, KeptTokens, LogprobOptions, PackedBatch, PaddedBatch, Parameters, Policy,
+    Segment, SequenceBatch, TokenLogprobs, check_kept,
 };
 use rlhf_scale::{GradientCheckpointing, LinearLogprobsInput, linear_logprobs};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::Head;
 use crate::decoder::CachedDecoder;
+use crate::kept_logprobs::KeptLogprobs;
 use crate::layers::linear;
 use crate::lora::{CAUSAL_LM, Rebuild};
 use crate::trunk::{Model, Trunk};
@@ -231,6 +232,68 @@ impl CausalLm {
     }
 }
 
+impl CausalLm {
+    fn score(
+        &self,
+        batch: &SequenceBatch,
+        kept: Option<&[KeptTokens]>,
+        options: &LogprobOptions,
+    ) -> rlhf_core::Result<TokenLogprobs> {
+        options.validate()?;
+        let packed = self.model.checked_packed(batch)?;
+        // Of the tokens that predict a response token, and of no other.
+        let rows = packed.predicting_rows();
+        let hidden = self.model.hidden_states_of(&packed, rows)?;
+        self.scores(batch, &hidden, kept, options)
+    }
+
+    /// Scores the responses from the hidden states that predict their tokens, `[S, H]`.
+    pub(crate) fn scores(
+        &self,
+        batch: &SequenceBatch,
+        hidden: &Tensor,
+        kept: Option<&[KeptTokens]>,
+        options: &LogprobOptions,
+    ) -> rlhf_core::Result<TokenLogprobs> {
+        let mask = batch.response_mask(self.device());
+        let ids = batch.responses(0, self.device()).masked_select(&mask);
+        let LmHead { weight, softcap } = &self.model.head;
+        let (logprobs, entropy) = match kept {
+            None => {
+                let input = LinearLogprobsInput {
+                    hidden,
+                    weight,
+                    bias: None,
+                    softcap: *softcap,
+                    ids: &ids,
+                };
+                let scores = linear_logprobs(input, options, self.chunk_rows)?;
+                (scores.logprobs, scores.entropy)
+            }
+            Some(kept) => {
+                check_kept(batch, kept)?;
+                let sets: Vec<&KeptSet> = kept.iter().flat_map(|row| row.iter()).collect();
+                let layer = KeptLogprobs {
+                    weight,
+                    softcap: *softcap,
+                    options: *options,
+                    chunk_rows: self.chunk_rows,
+                };
+                layer.of(hidden, &ids, &sets)?
+            }
+        };
+        let scattered = |values: &Tensor| {
+            Tensor::f_zeros(mask.size(), (Kind::Float, self.device()))?
+                .f_masked_scatter(&mask, values)
+        };
+        Ok(TokenLogprobs {
+            logprobs: scattered(&logprobs)?,
+            entropy: entropy.as_ref().map(scattered).transpose()?,
+            mask,
+        })
+    }
+}
+
 /// What the memory plan may change.
 impl CausalLm {
     /// Tokens whose logits are there at once when responses are scored; `None` for the default of
@@ -294,30 +357,20 @@ impl Policy for CausalLm {
         batch: &SequenceBatch,
         options: &LogprobOptions,
     ) -> rlhf_core::Result<TokenLogprobs> {
-        options.validate()?;
-        let packed = self.model.checked_packed(batch)?;
-        // Of the tokens that predict a response token, and of no other.
-        let rows = packed.predicting_rows();
-        let hidden = self.model.hidden_states_of(&packed, rows)?;
-        let mask = batch.response_mask(self.device());
-        let ids = batch.responses(0, self.device()).masked_select(&mask);
-        let input = LinearLogprobsInput {
-            hidden: &hidden,
-            weight: &self.model.head.weight,
-            bias: None,
-            softcap: self.model.head.softcap,
-            ids: &ids,
-        };
-        let scores = linear_logprobs(input, options, self.chunk_rows)?;
-        let scattered = |values: &Tensor| {
-            Tensor::f_zeros(mask.size(), (Kind::Float, self.device()))?
-                .f_masked_scatter(&mask, values)
-        };
-        Ok(TokenLogprobs {
-            logprobs: scattered(&scores.logprobs)?,
-            entropy: scores.entropy.as_ref().map(scattered).transpose()?,
-            mask,
-        })
+        self.score(batch, None, options)
+    }
+
+    fn logprobs_within(
+        &self,
+        batch: &SequenceBatch,
+        kept: &[KeptTokens],
+        options: &LogprobOptions,
+    ) -> rlhf_core::Result<TokenLogprobs> {
+        self.score(batch, Some(kept), options)
+    }
+
+    fn disable_dropout(&mut self) {
+        self.set_dropout_active(false);
     }
 
     fn decoder(&self, max_new_tokens: usize) -> rlhf_core::Result<Box<dyn Decoder + '_>> {

@@ -76,6 +76,7 @@
 //! [`data`] reads datasets in TRL's formats from JSONL and Parquet files. To train a model of your own, not of this
 //! crate, implement `Policy` of `rlhf-core`; the training crates do not depend on this one.
 
+mod actor_critic;
 mod architecture;
 mod attention;
 mod attention_spec;
@@ -92,6 +93,7 @@ mod gated_mlp;
 mod gemma2;
 mod gpt2;
 mod gpt_neox;
+mod kept_logprobs;
 mod kv_cache;
 mod layer_windows;
 mod layers;
@@ -112,6 +114,7 @@ mod trunk;
 mod value_head;
 mod weights;
 
+pub use actor_critic::CausalLmWithValueHead;
 pub use causal_lm::{CausalLm, LoadOptions};
 pub use chat_template::{ChatEnd, ChatMessage, ChatOptions};
 pub use checkpoint::SaveOptions;
@@ -133,7 +136,7 @@ pub use rlhf_scale::{CheckpointPolicy, GradientCheckpointing};
 pub use rope::{RopeConfig, RopeScaling};
 pub use tokenizer::{Side, Tokenizer};
 pub use transformer_config::TransformerConfig;
-pub use value_head::ValueHeadModel;
+pub use value_head::{ValueHeadInit, ValueHeadModel};
 
 pub use rlhf_core as core;
 pub use rlhf_core::tch;

@@ -114,15 +114,23 @@ impl ValueHeadModel {
         Self::build_like(model, weights)
     }
 
-    /// A copy of a language model's trunk with a fresh head, normal with deviation
-    /// `1 / sqrt(H + 1)` (Stiennon et al. 2020, arXiv 2009.01325).
+    /// A copy of a language model's trunk with a fresh head,
+    /// [normal with deviation `1 / sqrt(H + 1)`](ValueHeadInit::InverseSqrt).
     ///
     /// # Errors
     /// libtorch's (out of memory).
     pub fn from_causal_lm(model: &CausalLm, seed: u64) -> Result<Self> {
+        Self::from_causal_lm_with(model, ValueHeadInit::InverseSqrt, seed)
+    }
+
+    /// [`from_causal_lm`](Self::from_causal_lm) with a head that begins otherwise.
+    ///
+    /// # Errors
+    /// libtorch's (out of memory).
+    pub fn from_causal_lm_with(model: &CausalLm, init: ValueHeadInit, seed: u64) -> Result<Self> {
         let mut weights = model.model.copied_weights()?;
         weights.remove(model.config().head_name());
-        weights.insert(SCORE.into(), fresh_score(model, seed));
+        weights.insert(SCORE.into(), fresh_score(model, init, seed));
         Self::build_like(&model.model, weights)
     }
 
@@ -134,7 +142,10 @@ impl ValueHeadModel {
     /// its weights are trained then; those of [`CausalLm::add_adapter`].
     pub fn on_base_of(model: &CausalLm, config: &LoraConfig, seed: u64) -> Result<Self> {
         let mut weights = model.shared_trunk()?;
-        weights.insert(SCORE.into(), fresh_score(model, seed));
+        weights.insert(
+            SCORE.into(),
+            fresh_score(model, ValueHeadInit::InverseSqrt, seed),
+        );
         let head = |config: &ModelConfig, _: &Trunk, builder: &mut Builder| {
             HeadLayout::Score.build(config, builder)
         };
@@ -208,11 +219,52 @@ impl ValueHeadModel {
     }
 }
 
+/// How the head of a critic begins. Its bias, where it has one, begins at 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ValueHeadInit {
+    /// Normal with deviation `1 / sqrt(H + 1)`: lm-human-preferences, Stiennon et al. 2020
+    /// (arXiv 2009.01325), Huang et al. 2024.
+    #[default]
+    InverseSqrt,
+    /// Normal with deviation `1 / (H + 1)`: OpenRLHF.
+    Inverse,
+    /// Zeros: every state is worth nothing, and the trunk learns nothing from the first step.
+    Zeros,
+}
+
+impl ValueHeadInit {
+    pub(crate) fn of_width(self, width: i64) -> Init {
+        let width = (width + 1) as f64;
+        match self {
+            Self::InverseSqrt => Init::Normal(1.0 / width.sqrt()),
+            Self::Inverse => Init::Normal(1.0 / width),
+            Self::Zeros => Init::Zeros,
+        }
+    }
+}
+
 /// The head that a critic begins with, `[1, H]` f32.
-fn fresh_score(model: &CausalLm, seed: u64) -> Tensor {
+fn fresh_score(model: &CausalLm, init: ValueHeadInit, seed: u64) -> Tensor {
     let width = model.config().hidden_size();
-    let init = Init::Normal(1.0 / ((width + 1) as f64).sqrt());
-    fresh(seed, SCORE, &[1, width], init)
+    fresh(seed, SCORE, &[1, width], init.of_width(width))
+}
+
+/// Spreads values of all states `[S + B]`, in the order of the sequences, over a rectangle
+/// `[B, R + 1]` with 0 elsewhere.
+pub(crate) fn padded_values(batch: &SequenceBatch, values: &Tensor) -> rlhf_core::Result<Tensor> {
+    let width = batch.max_response_len() as i64 + 1;
+    let cells: Vec<i64> = batch
+        .sequences()
+        .iter()
+        .enumerate()
+        .flat_map(|(i, s)| (0..=s.response.len() as i64).map(move |j| i as i64 * width + j))
+        .collect();
+    let cells = Tensor::from_slice(&cells).to_device(values.device());
+    let options = (Kind::Float, values.device());
+    let padded = Tensor::f_zeros([batch.len() as i64 * width], options)?;
+    Ok(padded
+        .f_index_copy(0, &cells, values)?
+        .f_view([batch.len() as i64, width])?)
 }
 
 impl Parameters for ValueHeadModel {
@@ -227,20 +279,11 @@ impl ValueModel for ValueHeadModel {
         let packed = self.model.checked_packed(batch)?;
         let rows = packed.state_rows();
         let states = self.model.hidden_states_of(&packed, rows)?;
-        let width = batch.max_response_len() as i64 + 1;
-        // Cell of the rectangle of every value.
-        let cells: Vec<i64> = batch
-            .sequences()
-            .iter()
-            .enumerate()
-            .flat_map(|(i, s)| (0..=s.response.len() as i64).map(move |j| i as i64 * width + j))
-            .collect();
-        let cells = Tensor::from_slice(&cells).to_device(states.device());
         let values = self.model.head.linear.forward(&states)?.squeeze_dim(1);
-        let values = values.f_to_kind(Kind::Float)?;
-        let padded = Tensor::f_zeros([batch.len() as i64 * width], (Kind::Float, states.device()))?;
-        Ok(padded
-            .f_index_copy(0, &cells, &values)?
-            .f_view([batch.len() as i64, width])?)
+        padded_values(batch, &values.f_to_kind(Kind::Float)?)
+    }
+
+    fn disable_dropout(&mut self) {
+        self.set_dropout_active(false);
     }
 }

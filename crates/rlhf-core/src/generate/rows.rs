@@ -10,7 +10,7 @@ use super::GenerationConfig;
 use super::text::GrowingText;
 use crate::rng::ChaCha8Rng;
 use crate::sampling::{ban_tokens, repetition_penalty};
-use crate::{Decoder, Detokenize, Error, FinishReason, Result, gather_logprobs};
+use crate::{Decoder, Detokenize, Error, FinishReason, KeptSet, Result, gather_logprobs};
 
 /// A response that waits, is being written, or is done.
 pub(super) struct Row {
@@ -20,6 +20,8 @@ pub(super) struct Row {
     pub(super) response: Vec<i64>,
     pub(super) sampling_logprobs: Vec<f32>,
     pub(super) policy_logprobs: Vec<f32>,
+    /// What each token was drawn from, where that is noted.
+    pub(super) kept: Option<Vec<KeptSet>>,
     pub(super) finish: FinishReason,
     pub(super) text: GrowingText,
     /// Tokens that it may have.
@@ -36,6 +38,7 @@ impl Row {
             response: Vec::new(),
             sampling_logprobs: Vec::new(),
             policy_logprobs: Vec::new(),
+            kept: None,
             finish: FinishReason::Length,
             text: GrowingText::default(),
             limit,
@@ -58,6 +61,9 @@ impl Row {
         self.response.push(token.id);
         self.sampling_logprobs.push(token.sampling_logprob);
         self.policy_logprobs.push(token.policy_logprob);
+        if let (Some(kept), Some(set)) = (&mut self.kept, token.kept) {
+            kept.push(set);
+        }
         let at_stop_token = config.stop_token_ids.contains(&token.id);
         self.done = at_stop_token || self.response.len() >= self.limit;
         if let Some(detokenizer) = detokenizer {
@@ -81,6 +87,7 @@ struct Chosen {
     id: i64,
     sampling_logprob: f32,
     policy_logprob: f32,
+    kept: Option<KeptSet>,
 }
 
 /// All rows of a call, and the decoder that some of them are in.
@@ -120,6 +127,14 @@ impl<'a> Rows<'a> {
             done: Vec::new(),
             shared: None,
         })
+    }
+
+    /// Notes what each token is drawn from.
+    pub(super) fn with_kept_tokens(mut self) -> Self {
+        for row in &mut self.waiting {
+            row.kept = Some(Vec::new());
+        }
+        self
     }
 
     /// Writes one token of every row in the decoder, and the first of those that join. Returns
@@ -304,14 +319,28 @@ fn choose(rows: &mut [Row], raw: &Tensor, config: &GenerationConfig) -> Result<V
     let columns = columns.map(|column| column.to_kind(Kind::Double));
     let host = Tensor::f_stack(&columns, 1)?.f_to_device(Device::Cpu)?;
     let host = Vec::<f64>::try_from(host.f_view(-1)?)?;
+    let mut kept = match rows.iter().any(|row| row.kept.is_some()) {
+        true => kept_sets(&warped)?,
+        false => Vec::new(),
+    }
+    .into_iter();
     Ok(host
         .chunks_exact(3)
         .map(|row| Chosen {
             id: row[0] as i64,
             sampling_logprob: row[1] as f32,
             policy_logprob: row[2] as f32,
+            kept: kept.next(),
         })
         .collect())
+}
+
+/// The tokens of each row that filters and bans have left.
+fn kept_sets(warped: &Tensor) -> Result<Vec<KeptSet>> {
+    let vocab = warped.size()[1] as usize;
+    let kept = warped.f_isfinite()?.f_to_device(Device::Cpu)?;
+    let flags = Vec::<bool>::try_from(kept.f_contiguous()?.f_view(-1)?)?;
+    Ok(flags.chunks_exact(vocab).map(KeptSet::of).collect())
 }
 
 /// The distinct prompts of neighbouring rows, and which of them each row has. The rows are put
