@@ -300,7 +300,8 @@ impl Run {
             return Ok(trainer);
         }
         let cost = constraint_fn(unsupported_names);
-        Ok(trainer.with_constraint(Constraint::new("unsupported_names", cost, 0.5)))
+        let constraint = Constraint::new("unsupported_names", cost, 0.5);
+        Ok(trainer.with_constraint(constraint)?)
     }
 
     fn judge(&self, trainer: &Trainer, reference: Option<&dyn Policy>) -> Result<Evaluation> {

@@ -7,7 +7,7 @@ use rlhf_core::{Completions, Detokenize, GenerationConfig, Generator, Policy, Rn
 use crate::Result;
 
 /// Samples responses to `prompts` with the random numbers of `seed` from completion `first` on,
-/// with texts where there is a detokenizer.
+/// with texts where there is a detokenizer, and with what filters left to draw from.
 pub(crate) fn write(
     policy: &dyn Policy,
     generation: &GenerationConfig,
@@ -15,7 +15,7 @@ pub(crate) fn write(
     prompts: &[Arc<[i64]>],
     (seed, first): (u64, u64),
 ) -> Result<Completions> {
-    let mut generator = Generator::new(policy, generation)?;
+    let mut generator = Generator::new(policy, generation)?.with_kept_tokens();
     if let Some(detokenizer) = detokenizer {
         generator = generator.with_detokenizer(detokenizer);
     }

@@ -1,11 +1,17 @@
 //! Options of PPO.
 
-use rlhf_core::{Error, GenerationConfig, SamplingConfig};
-use rlhf_scale::{AdamWConfig, Schedule, UpdateConfig};
+mod profiles;
+mod validate;
+
+use rlhf_core::GenerationConfig;
+use rlhf_scale::{Schedule, UpdateConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::microbatching::Microbatching;
-use crate::{Clip, KlControl, KlEstimator, MissingEos, Result, ScorePosition, Whitening};
+use crate::{
+    Clip, KlControl, KlEstimator, LengthPenalty, MissingEos, PtxConfig, PtxStep, RolloutCorrection,
+    ScorePosition, ScoreScaling, UpdateGuards, Whitening,
+};
 
 /// Where the log-probabilities that ratios are taken against come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -14,14 +20,53 @@ pub enum OldLogprobs {
     /// From a forward pass over the finished responses, as all known implementations do: the
     /// same arithmetic as in the update, so that the first ratios are 1.
     Recomputed,
-    /// Those that the tokens were sampled with: spares a forward pass of the policy. Sampling
-    /// must be unfiltered. Completions that bring none are recomputed.
+    /// Those that the tokens were sampled with: spares a forward pass of the policy. Completions
+    /// that bring none are recomputed.
     Sampled,
+}
+
+/// Where the penalty for diverging from the reference is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KlPlacement {
+    /// Off the reward of each token: a return holds the divergence that is still to come
+    /// (Ziegler et al. 2019, and every PPO since).
+    #[default]
+    Reward,
+    /// On the loss: `kl_coef` times the token mean of the estimate between the policy being
+    /// trained and the reference (Shao et al. 2024, arXiv 2402.03300). The gradient is the
+    /// estimator's: see [`KlEstimator`].
+    Loss,
+}
+
+/// What divides the logits before log-probabilities are taken of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogprobTemperature {
+    /// The temperature of sampling: what is trained is what is sampled from (lm-human-preferences,
+    /// Huang et al. 2024, TRL, OpenRLHF).
+    #[default]
+    OfSampling,
+    /// 1 (DeepSpeed-Chat, Safe RLHF). At another temperature of sampling the ratios are then not
+    /// those of the distribution that was sampled from.
+    One,
+}
+
+/// What minibatches are cut by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MinibatchUnit {
+    /// Numbers of samples that differ by at most one.
+    #[default]
+    Samples,
+    /// Nearly equal numbers of response tokens, so that a step's mean is over as many tokens as
+    /// the next one's. Samples stay whole.
+    Tokens,
 }
 
 /// Options of a [`PpoTrainer`](crate::PpoTrainer).
 ///
-/// The default is [`n_plus`](Self::n_plus). `generation.stop_token_ids` is the one thing that
+/// The default is [`n_plus`](Self::n_plus); docs/numerics.md of the project compares the profiles. `generation.stop_token_ids` is the one thing that
 /// must be set: without it no response ever counts as finished.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -34,10 +79,17 @@ pub struct PpoConfig {
     pub ppo_epochs: usize,
     /// Optimiser steps in a pass.
     pub minibatches: usize,
-    /// Sequences in one forward pass. Changes memory and speed, not what is computed.
+    /// What the minibatches of a pass have the same number of.
+    pub minibatch_unit: MinibatchUnit,
+    /// Most sequences in one forward pass. Changes memory and speed, not what is computed.
     pub microbatch_size: usize,
+    /// Most tokens in one forward pass, prompts included; a longer sequence goes alone. Changes
+    /// memory and speed, not what is computed. `None` for no bound but `microbatch_size`.
+    pub microbatch_tokens: Option<usize>,
     /// Ratios count within `1 ± cliprange`.
     pub cliprange: f64,
+    /// Bounds the loss of a token with a negative advantage: see [`Clip::dual`].
+    pub dual_clip: Option<f64>,
     /// Values count within `old ± cliprange_value`.
     pub cliprange_value: f64,
     /// Weight of the value loss beside the policy loss.
@@ -52,21 +104,45 @@ pub struct PpoConfig {
     pub kl_control: KlControl,
     /// How the KL of a token is estimated, in the penalty and in the statistics.
     pub kl_estimator: KlEstimator,
+    /// Estimates of the KL of a token count within plus and minus this, nats; OpenRLHF and verl
+    /// have 10 for their `k3`. In a loss, what is outside has no gradient.
+    pub kl_clamp: Option<f64>,
+    /// Whether the KL penalty is part of the reward or of the loss.
+    pub kl_placement: KlPlacement,
     /// Which step of an episode receives the score.
     pub score_position: ScorePosition,
-    /// Scores count within plus and minus this.
+    /// Whether scores are brought to the scale of those seen so far.
+    pub score_scaling: ScoreScaling,
+    /// Scores count within plus and minus this; after scaling.
     pub score_clip: Option<f64>,
     /// What becomes of the score of a response without a stop token; after clipping.
     pub missing_eos: MissingEos,
+    /// What a response's length takes off its score; after the missing-EOS rule.
+    pub length_penalty: Option<LengthPenalty>,
+    /// The reward of a step, KL penalty included, counts within plus and minus this
+    /// (Safe RLHF: 50).
+    pub reward_clip: Option<f64>,
     /// Whitening of the rewards, which keeps their mean.
     pub whiten_rewards: Whitening,
     /// Whitening of the advantages, to mean 0.
     pub whiten_advantages: Whitening,
     /// Where old log-probabilities come from.
     pub old_logprobs: OldLogprobs,
-    /// How responses are written. **Its temperature is that of all log-probabilities** (old, new
-    /// and reference): the distribution that is sampled from is the one that is trained.
+    /// What is done about a sampler whose log-probabilities are not the trainer's.
+    pub rollout_correction: RolloutCorrection,
+    /// What divides the logits of all log-probabilities: old, new and reference.
+    pub logprob_temperature: LogprobTemperature,
+    /// When an optimiser step is not taken.
+    pub guards: UpdateGuards,
+    /// A share of language modelling in every update; needs
+    /// [`with_pretraining`](crate::PpoTrainer::with_pretraining).
+    pub ptx: Option<PtxConfig>,
+    /// How responses are written. Top-k, top-p, min-p and `min_new_tokens` are replayed: which
+    /// tokens they left at each step is kept, and all log-probabilities are those within these
+    /// sets, so that ratios are exact.
     pub generation: GenerationConfig,
+    /// Learning rate of the value model and of cost critics; `None` for the policy's.
+    pub critic_lr: Option<f64>,
     /// Optimiser, schedule and clipping; one for policy and value model.
     pub update: UpdateConfig,
 }
@@ -79,64 +155,6 @@ impl Default for PpoConfig {
 }
 
 impl PpoConfig {
-    /// Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO" (arXiv 2403.17031,
-    /// and its released code): batches of 512 prompts, 53 tokens at temperature 0.7,
-    /// score −1 without EOS, population variance in whitening, AdamW with epsilon 1e-5, no
-    /// gradient clipping. Its learning rate of 3e-6 falls to 0 in a straight line: see
-    /// [`annealed`](Self::annealed), which needs to know the length of the run.
-    pub fn n_plus() -> Self {
-        Self {
-            seed: 1,
-            batch_size: 512,
-            ppo_epochs: 4,
-            minibatches: 1,
-            microbatch_size: 8,
-            cliprange: 0.2,
-            cliprange_value: 0.2,
-            vf_coef: 0.1,
-            entropy_coef: 0.0,
-            gamma: 1.0,
-            lam: 0.95,
-            kl_control: KlControl::Fixed { kl_coef: 0.05 },
-            kl_estimator: KlEstimator::K1,
-            score_position: ScorePosition::AfterLastToken,
-            score_clip: None,
-            missing_eos: MissingEos::Replace(-1.0),
-            whiten_rewards: Whitening::Off,
-            whiten_advantages: Whitening::Population,
-            old_logprobs: OldLogprobs::Recomputed,
-            generation: GenerationConfig {
-                max_new_tokens: 53,
-                sampling: SamplingConfig {
-                    temperature: 0.7,
-                    ..SamplingConfig::default()
-                },
-                ..GenerationConfig::default()
-            },
-            update: UpdateConfig {
-                optimizer: AdamWConfig {
-                    lr: 3e-6,
-                    eps: 1e-5,
-                    ..AdamWConfig::default()
-                },
-                schedule: Schedule::constant(),
-                max_grad_norm: None,
-                ..UpdateConfig::default()
-            },
-        }
-    }
-
-    /// The arithmetic of `PPOTrainer` in TRL 1.12 (`trl/experimental/ppo`) at its defaults, which
-    /// this crate's tests hold to its numbers: as [`n_plus`](Self::n_plus), but with the sample variance in whitening, scores that stand
-    /// without EOS (`missing_eos_penalty` is [`MissingEos::Subtract`]), and epsilon 1e-8.
-    pub fn trl() -> Self {
-        let mut config = Self::n_plus();
-        config.missing_eos = MissingEos::Keep;
-        config.whiten_advantages = Whitening::Sample;
-        config.update.optimizer.eps = 1e-8;
-        config
-    }
-
     /// The same with a learning rate that falls to 0, in a straight line, over `steps` steps of
     /// [`train`](crate::PpoTrainer::train).
     pub fn annealed(mut self, steps: u64) -> Self {
@@ -146,142 +164,31 @@ impl PpoConfig {
 
     /// Optimiser steps in `steps` steps of training: the unit of `update.schedule`.
     pub fn optimizer_steps(&self, steps: u64) -> u64 {
-        steps * (self.ppo_epochs * self.minibatches) as u64
+        let separate = |ptx: &PtxConfig| ptx.step == PtxStep::Separate;
+        let each = 1 + u64::from(self.ptx.as_ref().is_some_and(separate));
+        steps * each * (self.ppo_epochs * self.minibatches) as u64
     }
 
     /// How far ratios count.
     pub fn clip(&self) -> Clip {
-        Clip::symmetric(self.cliprange)
+        Clip {
+            dual: self.dual_clip,
+            ..Clip::symmetric(self.cliprange)
+        }
     }
 
     pub(crate) fn microbatching(&self) -> Microbatching {
         Microbatching {
             sequences: self.microbatch_size,
-            tokens: None,
+            tokens: self.microbatch_tokens,
         }
     }
 
-    /// The temperature of sampling and of all log-probabilities.
+    /// The temperature of all log-probabilities.
     pub fn temperature(&self) -> f64 {
-        self.generation.sampling.temperature
-    }
-
-    /// Checks every field.
-    ///
-    /// # Errors
-    /// [`InvalidConfig`](rlhf_core::Error::InvalidConfig) for the first field that makes no
-    /// sense, alone or beside another.
-    pub fn validate(&self) -> Result<()> {
-        let check = |valid: bool, field, value: &dyn ToString, reason| match valid {
-            true => Ok(()),
-            false => Err(Error::config(field, value.to_string(), reason)),
-        };
-        for (field, value) in [
-            ("batch_size", self.batch_size),
-            ("ppo_epochs", self.ppo_epochs),
-            ("minibatches", self.minibatches),
-            ("microbatch_size", self.microbatch_size),
-        ] {
-            check(value > 0, field, &value, "at least 1 is needed")?;
+        match self.logprob_temperature {
+            LogprobTemperature::OfSampling => self.generation.sampling.temperature,
+            LogprobTemperature::One => 1.0,
         }
-        for (field, value) in [
-            ("cliprange", self.cliprange),
-            ("cliprange_value", self.cliprange_value),
-            ("score_clip", self.score_clip.unwrap_or(1.0)),
-        ] {
-            let valid = value.is_finite() && value > 0.0;
-            check(valid, field, &value, "a positive number is needed")?;
-        }
-        for (field, value) in [
-            ("vf_coef", self.vf_coef),
-            ("entropy_coef", self.entropy_coef),
-        ] {
-            let valid = value.is_finite() && value >= 0.0;
-            check(valid, field, &value, "a number that is not negative")?;
-        }
-        for (field, value) in [("gamma", self.gamma), ("lam", self.lam)] {
-            let valid = (0.0..=1.0).contains(&value);
-            check(valid, field, &value, "a number in [0, 1] is needed")?;
-        }
-        self.kl_control.validate()?;
-        if let MissingEos::Replace(value) | MissingEos::Subtract(value) = self.missing_eos {
-            check(value.is_finite(), "missing_eos", &value, "a finite number")?;
-            let reason = "needs generation.stop_token_ids, or no response ever finishes; \
-                          use MissingEos::Keep for a model without a stop token";
-            let has_stop = !self.generation.stop_token_ids.is_empty();
-            check(has_stop, "missing_eos", &value, reason)?;
-        }
-        self.generation.validate()?;
-        let temperature = self.temperature();
-        let reason = "PPO needs samples: a positive temperature";
-        let field = "generation.sampling.temperature";
-        check(temperature > 0.0, field, &temperature, reason)?;
-        if self.old_logprobs == OldLogprobs::Sampled {
-            let plain = SamplingConfig {
-                temperature,
-                ..SamplingConfig::default()
-            };
-            let unfiltered =
-                self.generation.sampling == plain && self.generation.min_new_tokens == 0;
-            let reason = "needs sampling without filters, penalties or min_new_tokens";
-            check(unfiltered, "old_logprobs", &"sampled", reason)?;
-        }
-        Ok(self.update.validate()?)
-    }
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    fn valid() -> PpoConfig {
-        let mut config = PpoConfig::default();
-        config.generation.stop_token_ids = vec![0];
-        config
-    }
-
-    #[test]
-    fn errors_name_the_field() {
-        type BreakIt = fn(&mut PpoConfig);
-        valid().validate().unwrap();
-        PpoConfig::trl().validate().unwrap();
-        let broken: [(&str, BreakIt); 8] = [
-            ("minibatches", |c| c.minibatches = 0),
-            ("cliprange ", |c| c.cliprange = 0.0),
-            ("gamma", |c| c.gamma = 1.1),
-            ("vf_coef", |c| c.vf_coef = f64::NAN),
-            ("missing_eos", |c| c.generation.stop_token_ids.clear()),
-            ("kl_control.kl_coef", |c| {
-                c.kl_control = KlControl::Fixed { kl_coef: -1.0 };
-            }),
-            ("temperature", |c| c.generation.sampling.temperature = 0.0),
-            ("old_logprobs", |c| {
-                c.old_logprobs = OldLogprobs::Sampled;
-                c.generation.sampling.top_p = Some(0.9);
-            }),
-        ];
-        for (field, break_it) in broken {
-            let mut config = valid();
-            break_it(&mut config);
-            let message = config.validate().unwrap_err().to_string();
-            assert!(message.contains(field), "{message} does not name {field}");
-        }
-    }
-
-    #[test]
-    fn json_round_trip_and_unknown_fields() {
-        let mut config = valid();
-        config.kl_control = KlControl::ziegler();
-        let text = serde_json::to_string(&config).unwrap();
-        assert_eq!(serde_json::from_str::<PpoConfig>(&text).unwrap(), config);
-        assert!(serde_json::from_str::<PpoConfig>(r#"{"clip_range": 0.1}"#).is_err());
-    }
-
-    #[test]
-    fn annealing_ends_with_the_run() {
-        let config = valid().annealed(10);
-        assert_eq!(config.update.schedule.factor(40), 0.0);
-        assert!(config.update.schedule.factor(39) > 0.0);
     }
 }

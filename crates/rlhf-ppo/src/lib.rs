@@ -82,10 +82,12 @@
 //!   each other's baseline: GRPO, RLOO, DAPO, Dr. GRPO, BNPO, GSPO, CISPO.
 //! - [`HackingWatch`]: an observer that sees a reward rise while everything else tells another
 //!   story.
-//! - [`Constraint`]: completions that must not be learnt from.
+//! - [`Constraint`]: costs with a limit, and what happens above it; [`PpoTrainer::safety_test`]
+//!   says with which confidence a policy keeps them.
+//! - [`OnPolicy`]: a critic on the policy's own trunk.
 //! - The pieces, for an algorithm of one's own: [`KlEstimator`], [`shaped_rewards`], [`gae`],
 //!   [`Whitening`], [`policy_loss`], [`value_loss`], [`KlController`], [`MissingEos`],
-//!   [`truncate_after_stop`].
+//!   [`RunningMoments`], [`Multiplier`], [`SamplerMismatch`], [`truncate_after_stop`].
 //!
 //! # What a step reports
 //!
@@ -94,7 +96,8 @@
 //! | `ppo/score/mean`, `ppo/score/std` | what the reward model said |
 //! | `ppo/judge/…` | what it reports of itself ([`take_report`](core::RewardModel::take_report)): components of a sum, disagreement of an ensemble |
 //! | `ppo/reward/mean` | score, clipped and after the missing-EOS rule, less the KL penalty |
-//! | `ppo/kl` | estimated KL from the reference, nats **per sequence** |
+//! | `ppo/kl` | estimated KL from the reference, nats **per sequence**: the unit of [`KlControl`] |
+//! | `ppo/kl_per_token` | the same, nats per token |
 //! | `ppo/kl_coef`, `ppo/kl_target` | coefficient of the penalty in this step; what an adaptive controller aims at, nats **per sequence** |
 //! | `ppo/length`, `ppo/finished` | mean response length; share that wrote a stop token |
 //! | `ppo/distinct_1`, `ppo/distinct_2` | share of a response's tokens, and of its pairs of tokens, that repeat no other in it; mean over the responses |
@@ -102,8 +105,12 @@
 //! | `ppo/score/length_correlation` | correlation of score and length over the responses |
 //! | `ppo/samples`, `ppo/samples_used` | responses; those that keep all constraints |
 //! | `ppo/constraint/NAME/violation_rate`, `…/mean_cost` | share above the threshold; mean cost |
+//! | `ppo/constraint/NAME/multiplier`, `…/batch_skipped` | price of a Lagrangian; whether it kept the batch out |
+//! | `ppo/mismatch/mean`, `…/max`, `…/kl`, `…/weight` | how far the sampler was from the trainer ([`SamplerMismatch`]); mean factor of a token's loss |
 //! | `ppo/policy/loss`, `…/approx_kl`, `…/clipfrac`, `…/entropy`, `…/ratio`, `…/ratio_var` | see [`MinibatchStats`]; means over the step's minibatches |
+//! | `ppo/policy/dual_clipfrac`, `…/kl_loss`, `ppo/value/cost_loss`, `ppo/ptx/loss` | where there is such a part |
 //! | `ppo/value/loss`, `…/clipfrac` | the same |
+//! | `ppo/guard/kl`, `…/ratio`, `…/ended` | with [`UpdateGuards`]: share of steps not taken; whether the update ended early |
 //! | `ppo/value/explained_variance` | `1 − Var(returns − values) / Var(returns)` before the update |
 //! | `ppo/loss`, `ppo/grad_norm`, `ppo/lr` | joined loss, norm before clipping, last learning rate |
 //! | `ppo/loss_scale`, `ppo/skipped` | with loss scaling: mean scale, share of steps skipped because a gradient overflowed |
@@ -128,19 +135,26 @@ mod answers;
 mod completions;
 mod config;
 mod constraint;
+mod critic;
 mod error;
 mod grpo;
+mod guards;
 mod kl_control;
 mod kl_estimator;
+mod lagrangian;
 mod length_penalty;
 mod measure;
 mod microbatching;
 mod minibatch;
+mod mismatch;
 mod missing_eos;
 mod order;
 mod policy_loss;
+mod pretraining;
 mod rewards;
 mod rollout;
+mod running_moments;
+mod safety;
 mod state;
 mod stats;
 mod train;
@@ -151,8 +165,9 @@ mod watch;
 mod whitening;
 
 pub use advantages::{Gae, GaeInput, gae};
-pub use config::{OldLogprobs, PpoConfig};
-pub use constraint::Constraint;
+pub use config::{KlPlacement, LogprobTemperature, MinibatchUnit, OldLogprobs, PpoConfig};
+pub use constraint::{Constraint, ConstraintRule};
+pub use critic::{Critic, OnPolicy};
 pub use error::{Error, Result};
 pub use grpo::{
     AdvantageScale, Aggregation, Baseline, DynamicSampling, Excess, GroupAdvantages,
@@ -161,17 +176,23 @@ pub use grpo::{
     RewardMix, STD_EPSILON, SampledPrompts, TokenWeightsInput, Truncated, Unscored,
     group_advantages, group_loss, importance_weights, mixed_rewards, token_weights,
 };
+pub use guards::{Guarded, KlGuard, OnKl, UpdateGuards};
 pub use kl_control::{KlControl, KlController};
 pub use kl_estimator::KlEstimator;
+pub use lagrangian::{LagrangianConfig, LagrangianInput, Multiplier, lagrangian_advantages};
 pub use length_penalty::LengthPenalty;
 pub use minibatch::MinibatchStats;
+pub use mismatch::{RolloutCorrection, SamplerMismatch};
 pub use missing_eos::MissingEos;
 pub use policy_loss::{
     Clip, LOG_RATIO_LIMIT, PolicyLoss, PolicyLossInput, Surrogate, log_ratios, policy_loss,
     surrogate,
 };
+pub use pretraining::{PtxConfig, PtxStep};
 pub use rewards::{ScorePosition, ShapedRewards, ShapedRewardsInput, shaped_rewards};
-pub use rollout::Rollout;
+pub use rollout::{CostEstimate, Rollout};
+pub use running_moments::{RunningMoments, ScoreScaling};
+pub use safety::{ConstraintSafety, SafetyReport, clopper_pearson_upper};
 pub use trainer::PpoTrainer;
 pub use truncate::truncate_after_stop;
 pub use value_loss::{ValueLoss, ValueLossInput, value_loss};

@@ -1,12 +1,10 @@
 //! Running the models over finished responses.
 
-use rlhf_core::{
-    Completions, Error as CoreError, LogprobOptions, Policy, SequenceBatch, ValueModel,
-};
+use rlhf_core::{Completions, Error as CoreError, LogprobOptions, Policy, SequenceBatch};
 use tch::{Device, Kind, Tensor};
 
 use crate::microbatching::Microbatching;
-use crate::{Constraint, Error, Result};
+use crate::{Constraint, Error, Result, critic};
 
 /// How models are run over finished responses.
 #[derive(Clone, Copy)]
@@ -77,7 +75,10 @@ pub(crate) fn logprobs(
     let width = batch.max_response_len() as i64;
     let logprobs = by_microbatch(batch, forward.microbatching, width, |rows| {
         let part = batch.select(rows)?;
-        let out = policy.logprobs(&part, &options)?;
+        let kept = completions.kept.as_ref();
+        let kept: Option<Vec<_>> =
+            kept.map(|kept| rows.iter().map(|&row| kept[row].clone()).collect());
+        let out = critic::logprobs(policy, &part, kept.as_deref(), &options)?;
         check_shape("logprobs", &out.logprobs, &part, 0)?;
         Ok(out.logprobs)
     })?;
@@ -108,14 +109,14 @@ pub(crate) fn sampled_logprobs(batch: &SequenceBatch, sampled: &[Vec<f32>]) -> R
 
 /// Values of all states, a microbatch at a time. `[B, R + 1]` f32 on the CPU.
 pub(crate) fn values(
-    model: &dyn ValueModel,
     batch: &SequenceBatch,
     microbatching: Microbatching,
+    values_of: impl Fn(&SequenceBatch) -> rlhf_core::Result<Tensor>,
 ) -> Result<Tensor> {
     let width = batch.max_response_len() as i64 + 1;
     by_microbatch(batch, microbatching, width, |rows| {
         let part = batch.select(rows)?;
-        let values = model.values(&part)?;
+        let values = values_of(&part)?;
         check_shape("values", &values, &part, 1)?;
         Ok(values)
     })

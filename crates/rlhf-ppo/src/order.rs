@@ -19,6 +19,36 @@ pub(crate) fn parts(rows: &[usize], count: usize) -> impl Iterator<Item = &[usiz
     (0..count).map(move |i| &rows[i * rows.len() / count..(i + 1) * rows.len() / count])
 }
 
+/// Cuts `rows` into at most `count` parts, in order, of nearly equal weight; none is empty.
+pub(crate) fn parts_by_weight(
+    rows: &[usize],
+    count: usize,
+    weight: impl Fn(usize) -> usize,
+) -> Vec<&[usize]> {
+    let count = count.min(rows.len());
+    let total: usize = rows.iter().map(|&row| weight(row)).sum();
+    let mut parts = Vec::with_capacity(count);
+    let (mut start, mut end, mut below) = (0, 0, 0usize);
+    for part in 1..=count {
+        // Every part after this one needs a row.
+        let last = rows.len() - (count - part);
+        let target = total as f64 * part as f64 / count as f64;
+        while end < last {
+            let with = below + weight(rows[end]);
+            // The row that reaches over the target goes where it is further in.
+            let over = with as f64 - target > target - below as f64;
+            if end > start && part < count && over {
+                break;
+            }
+            below = with;
+            end += 1;
+        }
+        parts.push(&rows[start..end]);
+        start = end;
+    }
+    parts
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -46,5 +76,23 @@ mod tests {
         assert_eq!(sizes(7, 3), [2, 2, 3]);
         assert_eq!(sizes(2, 4), [1, 1]);
         assert!(sizes(0, 4).is_empty());
+    }
+
+    #[test]
+    fn parts_of_nearly_equal_weight() {
+        let weights = [10usize, 1, 1, 1, 1, 1, 1, 4, 0, 0];
+        let rows: Vec<usize> = (0..weights.len()).collect();
+        let cut = |rows: &[usize], count| -> Vec<usize> {
+            let parts = parts_by_weight(rows, count, |row| weights[row]);
+            assert_eq!(parts.concat(), rows);
+            assert!(parts.iter().all(|part| !part.is_empty()));
+            let sum = |part: &&[usize]| part.iter().map(|&row| weights[row]).sum();
+            parts.iter().map(sum).collect()
+        };
+        assert_eq!(cut(&rows, 2), [10, 10]);
+        assert_eq!(cut(&rows[1..8], 2), [5, 5]);
+        assert_eq!(cut(&rows, 10).len(), 10);
+        assert_eq!(cut(&rows[8..], 2), [0, 0]);
+        assert!(cut(&[], 3).is_empty());
     }
 }

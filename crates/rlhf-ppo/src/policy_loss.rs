@@ -16,7 +16,7 @@ pub struct Clip {
     pub low: f64,
     /// Ratios count up to `1 + high`.
     pub high: f64,
-    /// Dual clip (Ye et al. 2020, arXiv 1912.09729, equation 4): where the advantage is negative,
+    /// Dual clip (Ye et al. 2020, arXiv 1912.09729): where the advantage is negative,
     /// the loss is at most `c |A|`, however large the ratio. `c > 1`; verl has 3.
     pub dual: Option<f64>,
 }

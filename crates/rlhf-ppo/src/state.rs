@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
-use rlhf_core::{Checkpoint, CheckpointStore, DataCursor, Error as CoreError, Policy, ValueModel};
+use rlhf_core::{Checkpoint, CheckpointStore, DataCursor, Error as CoreError, Policy};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Error, PpoTrainer, Result};
+use crate::{
+    Constraint, ConstraintRule, Critic, Error, Multiplier, PpoTrainer, Result, RunningMoments,
+};
 
 const STATE_FILE: &str = "ppo.json";
 
@@ -18,14 +20,43 @@ struct State {
     steps_done: u64,
     completions_done: u64,
     kl_coef: f64,
+    score_moments: RunningMoments,
+    constraints: Vec<ConstraintState>,
+    pretraining: Option<DataCursor>,
     cursor: Option<DataCursor>,
 }
 
-impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
+/// A constraint: what it must be in the trainer that goes on, and its multiplier.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ConstraintState {
+    name: String,
+    threshold: f64,
+    rule: ConstraintRule,
+    multiplier: Option<Multiplier>,
+}
+
+impl ConstraintState {
+    fn of(constraint: &Constraint, multiplier: &Option<Multiplier>) -> Self {
+        Self {
+            name: constraint.name.clone(),
+            threshold: constraint.threshold,
+            rule: constraint.rule,
+            multiplier: multiplier.clone(),
+        }
+    }
+
+    fn rules(states: &[Self]) -> Value {
+        let rule = |state: &Self| serde_json::json!({"name": state.name, "threshold": state.threshold, "rule": state.rule});
+        states.iter().map(rule).collect()
+    }
+}
+
+impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
     /// Writes everything that the rest of the run depends on into `dir`: the trainable weights of
-    /// policy and value model, the optimiser, the schedule, the KL coefficient, the place in the
-    /// data and in the random numbers. Reference, reward and constraints do not change, and are
-    /// not written.
+    /// policy and critics, the optimiser, the schedule, the KL coefficient, the scale of the scores,
+    /// the multipliers of constraints, the place in the data and in the random numbers. Reference,
+    /// reward and the constraints' models do not change, and are not written.
     ///
     /// A kill in the midst of it leaves a mixture: see [`CheckpointStore`], or
     /// [`train_with_checkpoints`](Self::train_with_checkpoints).
@@ -40,6 +71,9 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
             steps_done: self.steps_done,
             completions_done: self.completions_done,
             kl_coef: self.kl.kl_coef(),
+            score_moments: self.moments,
+            constraints: self.constraint_states(),
+            pretraining: self.pretraining.as_ref().map(|data| data.cursor.clone()),
             cursor: self.cursor.clone(),
         };
         let text = serde_json::to_string_pretty(&state).map_err(|e| corrupt(&path, &e))?;
@@ -64,12 +98,52 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
                 current,
             });
         }
+        let mismatch = |field: &str, saved: String, current: String| Error::ConfigMismatch {
+            path: path.clone(),
+            field: field.to_string(),
+            saved,
+            current,
+        };
+        let saved = ConstraintState::rules(&state.constraints);
+        let current = ConstraintState::rules(&self.constraint_states());
+        if saved != current {
+            return Err(mismatch(
+                "constraints",
+                saved.to_string(),
+                current.to_string(),
+            ));
+        }
+        match (&state.pretraining, &self.pretraining) {
+            (None, None) => {}
+            (Some(cursor), Some(pretraining)) => pretraining.check(cursor)?,
+            (saved, current) => {
+                let show = |data: bool| if data { "some" } else { "none" }.to_string();
+                let (saved, current) = (show(saved.is_some()), show(current.is_some()));
+                return Err(mismatch("pretraining texts", saved, current));
+            }
+        }
         self.updater.load(dir)?;
+        if let (Some(pretraining), Some(cursor)) = (&mut self.pretraining, state.pretraining) {
+            pretraining.cursor = cursor;
+        }
+        self.moments = state.score_moments;
+        self.multipliers = state
+            .constraints
+            .into_iter()
+            .map(|c| c.multiplier)
+            .collect();
         self.steps_done = state.steps_done;
         self.completions_done = state.completions_done;
         self.kl.restore(state.kl_coef);
         self.cursor = state.cursor;
         Ok(())
+    }
+
+    fn constraint_states(&self) -> Vec<ConstraintState> {
+        let constraints = self.constraints.iter().zip(&self.multipliers);
+        constraints
+            .map(|(c, m)| ConstraintState::of(c, m))
+            .collect()
     }
 
     /// Loads the newest checkpoint of `store`, if it is further than this trainer. Returns the

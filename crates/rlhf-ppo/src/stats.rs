@@ -4,19 +4,25 @@ use rlhf_core::Stats;
 use tch::{Kind, Tensor};
 
 use crate::answers::answer_stats;
-use crate::{Constraint, MinibatchStats, Rollout};
+use crate::{Constraint, ConstraintRule, Guarded, MinibatchStats, Rollout, UpdateGuards};
 
 /// Statistics of a rollout, over all its samples, used or not.
 pub(crate) fn rollout_stats(rollout: &Rollout, constraints: &[Constraint]) -> Stats {
     let count = rollout.len() as f64;
     let kl = rollout.kl_per_sequence();
+    let tokens = rollout.completions.batch.response_tokens() as f64;
     let final_score = mean(&rollout.final_scores);
+    let penalty = match rollout.kl_in_reward {
+        true => rollout.kl_coef * kl,
+        false => 0.0,
+    };
     let mut stats: Stats = [
         ("ppo/kl", kl),
+        ("ppo/kl_per_token", kl * count / tokens.max(1.0)),
         ("ppo/kl_coef", rollout.kl_coef),
         ("ppo/score/mean", mean(&rollout.scores)),
         ("ppo/score/std", variance(&rollout.scores).sqrt()),
-        ("ppo/reward/mean", final_score - rollout.kl_coef * kl),
+        ("ppo/reward/mean", final_score - penalty),
         ("ppo/samples", count),
         ("ppo/samples_used", rollout.used_rows().len() as f64),
     ]
@@ -34,11 +40,31 @@ pub(crate) fn rollout_stats(rollout: &Rollout, constraints: &[Constraint]) -> St
     if let Some(explained) = explained_variance(rollout) {
         stats.insert("ppo/value/explained_variance", explained);
     }
+    if let Some(mismatch) = &rollout.mismatch {
+        stats.insert("ppo/mismatch/mean", mismatch.mean);
+        stats.insert("ppo/mismatch/max", mismatch.max);
+        stats.insert("ppo/mismatch/kl", mismatch.kl);
+    }
+    if let Some(weights) = &rollout.weights {
+        let inside = weights.masked_select(&rollout.mask);
+        if inside.numel() > 0 {
+            stats.insert("ppo/mismatch/weight", mean(&inside));
+        }
+    }
+    let key =
+        |constraint: &Constraint, what: &str| format!("ppo/constraint/{}/{what}", constraint.name);
     for (constraint, costs) in constraints.iter().zip(&rollout.costs) {
         let over = costs.gt(constraint.threshold).to_kind(Kind::Float);
-        let key = |what: &str| format!("ppo/constraint/{}/{what}", constraint.name);
-        stats.insert(key("violation_rate"), mean(&over));
-        stats.insert(key("mean_cost"), mean(costs));
+        stats.insert(key(constraint, "violation_rate"), mean(&over));
+        stats.insert(key(constraint, "mean_cost"), mean(costs));
+        if matches!(constraint.rule, ConstraintRule::SkipBatch { .. }) {
+            let skipped = rollout.skipped_by.as_ref() == Some(&constraint.name);
+            stats.insert(key(constraint, "batch_skipped"), f64::from(skipped));
+        }
+    }
+    for estimate in &rollout.cost_estimates {
+        let multiplier = key(&constraints[estimate.constraint], "multiplier");
+        stats.insert(multiplier, estimate.multiplier.value());
     }
     stats
 }
@@ -65,17 +91,51 @@ pub(crate) fn update_stats(minibatches: &[MinibatchStats], lr: f64) -> Stats {
         ("ppo/value/loss", mean(|m| m.value_loss)),
         ("ppo/value/clipfrac", mean(|m| m.value_clipfrac)),
     ]);
+    let of_some = |f: fn(&MinibatchStats) -> Option<f64>| {
+        let values: Vec<f64> = minibatches.iter().filter_map(f).collect();
+        (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+    };
+    let nonzero = |x: f64| (x != 0.0).then_some(x);
+    stats.extend(
+        [
+            (
+                "ppo/policy/dual_clipfrac",
+                nonzero(mean(|m| m.dual_clipfrac)),
+            ),
+            ("ppo/policy/kl_loss", nonzero(mean(|m| m.kl_loss))),
+            ("ppo/value/cost_loss", nonzero(mean(|m| m.cost_value_loss))),
+            ("ppo/ptx/loss", of_some(|m| m.ptx_loss)),
+        ]
+        .into_iter()
+        .filter_map(|(name, value)| Some((name, value?))),
+    );
     if minibatches.iter().any(|m| m.loss_scale.is_some()) {
         stats.insert("ppo/loss_scale", mean(|m| m.loss_scale.unwrap_or(1.0)));
         stats.insert("ppo/skipped", mean(|m| f64::from(m.skipped)));
     }
     // A skipped step has no norm to speak of.
-    let norms = minibatches.iter().filter(|m| !m.skipped);
+    let norms = minibatches.iter().filter(|m| m.was_taken());
     let (sum, steps) = norms.fold((0.0, 0.0), |(sum, n), m| (sum + m.grad_norm, n + 1.0));
     if steps > 0.0 {
         stats.insert("ppo/grad_norm", sum / steps);
     }
     stats
+}
+
+/// What the guards did.
+pub(crate) fn guard_stats(minibatches: &[MinibatchStats], guards: &UpdateGuards) -> Stats {
+    let share = |guarded: Guarded| {
+        let count = minibatches.iter().filter(|m| m.guarded == Some(guarded));
+        count.count() as f64 / minibatches.len().max(1) as f64
+    };
+    let ends = |m: &MinibatchStats| m.guarded.is_some_and(|g| guards.ends_update(g));
+    [
+        ("ppo/guard/kl", share(Guarded::Kl)),
+        ("ppo/guard/ratio", share(Guarded::Ratio)),
+        ("ppo/guard/ended", f64::from(minibatches.iter().any(ends))),
+    ]
+    .into_iter()
+    .collect()
 }
 
 /// `1 − Var(R − V) / Var(R)` over the states that are learnt from; `None` where all returns are
@@ -106,11 +166,11 @@ fn variance(t: &Tensor) -> f64 {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::minibatch::Parts;
     use rlhf_scale::UpdateStats;
 
     #[test]
     fn a_skipped_step_is_counted_and_leaves_the_norm_alone() {
-        let parts = [Tensor::zeros([8], (Kind::Double, tch::Device::Cpu))];
         let step = |grad_norm: f64, loss_scale: Option<f64>| {
             let update = UpdateStats {
                 grad_norm,
@@ -118,7 +178,7 @@ mod tests {
                 loss_scale,
                 ..UpdateStats::default()
             };
-            MinibatchStats::new(&parts, &update).unwrap()
+            MinibatchStats::new(Parts::default(), &update)
         };
         let scale = Some(8.0);
         let steps = [

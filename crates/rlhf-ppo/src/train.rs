@@ -4,13 +4,12 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use rlhf_core::{
-    CheckpointConfig, CheckpointStore, DataCursor, DataOrder, Event, Observer, Policy, ValueModel,
-    notify,
+    CheckpointConfig, CheckpointStore, DataCursor, DataOrder, Event, Observer, Policy, notify,
 };
 
-use crate::{PpoTrainer, Result};
+use crate::{Critic, PpoTrainer, Result};
 
-impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
+impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
     /// Trains until `steps` steps are done, those that a loaded trainer had behind it included.
     ///
     /// Each step takes the next `batch_size` of the prompts, which every epoch visits in an order

@@ -1,29 +1,30 @@
-//! The algorithm, from prompts to updated weights.
+//! The trainer: its parts, and a step.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use rlhf_core::{
-    Completions, DataCursor, Detokenize, Policy, RewardModel, RngStreams, Shift, Stats, ValueModel,
+    DataCursor, Detokenize, Error as CoreError, Parameters, Policy, RewardModel, Sequence, Stats,
     joined_parameters,
 };
-use rlhf_scale::Updater;
-use tch::Tensor;
+use rlhf_scale::{ParamGroup, Updater};
 
-use crate::measure::Forward;
-use crate::minibatch::{Counts, microbatch_loss};
-use crate::order::{parts, shuffled};
-use crate::{
-    Constraint, Error, GaeInput, KlControl, KlController, MinibatchStats, OldLogprobs, PpoConfig,
-    Result, Rollout, ShapedRewardsInput, completions, gae, measure, shaped_rewards, stats,
-};
+use crate::pretraining::Pretraining;
+use crate::{Constraint, Critic, KlController, Multiplier, PpoConfig, Result, RunningMoments};
 
-/// Trains a policy and a value model by PPO against a reward model, held to a reference by a KL
+mod evaluate;
+mod safety_test;
+mod update;
+
+/// Trains a policy and a critic by PPO against a reward model, held to a reference by a KL
 /// penalty.
 ///
 /// Three levels: [`train`](Self::train) · [`step`](Self::step) · [`rollout`](Self::rollout) and
-/// [`update`](Self::update), below which are the pure functions of this crate. The source of this
-/// file is meant to be read: its numbered comments are the algorithm.
+/// [`update`](Self::update), below which are the pure functions of this crate. The source of the
+/// last two is meant to be read: their numbered comments are the algorithm.
+///
+/// The critic is a [`ValueModel`](rlhf_core::ValueModel) of its own, or [`OnPolicy`](crate::OnPolicy)
+/// for a policy that values states itself.
 ///
 /// Equal seeds give equal bytes on one machine, and a trainer that was [saved](Self::save) and
 /// [loaded](Self::load) goes on as if nothing had happened.
@@ -34,7 +35,11 @@ pub struct PpoTrainer<P, V> {
     reference: Box<dyn Policy>,
     reward: Box<dyn RewardModel>,
     detokenizer: Option<Box<dyn Detokenize>>,
-    constraints: Vec<Constraint>,
+    pub(crate) constraints: Vec<Constraint>,
+    /// One for each constraint; `None` where its rule has none.
+    pub(crate) multipliers: Vec<Option<Multiplier>>,
+    pub(crate) moments: RunningMoments,
+    pub(crate) pretraining: Option<Pretraining>,
     pub(crate) updater: Updater,
     pub(crate) kl: KlController,
     pub(crate) steps_done: u64,
@@ -42,24 +47,26 @@ pub struct PpoTrainer<P, V> {
     pub(crate) cursor: Option<DataCursor>,
 }
 
-impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
+impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
     /// A trainer that has done nothing yet. `reference` is a copy of the policy, which is never
-    /// trained.
+    /// trained. Dropout is [switched off](Policy::disable_dropout) in policy and critic, and stays
+    /// so: with it, ratios would differ from 1 before anything has moved.
     ///
     /// # Errors
     /// Those of [`PpoConfig::validate`], and of [`Updater::new`] for weights that cannot be
     /// trained.
     pub fn new(
         config: PpoConfig,
-        policy: P,
-        value_model: V,
+        mut policy: P,
+        mut value_model: V,
         reference: impl Policy + 'static,
         reward: impl RewardModel + 'static,
     ) -> Result<Self> {
         config.validate()?;
-        let parameters = joined_parameters(&[("policy", &policy), ("value", &value_model)]);
+        policy.disable_dropout();
+        value_model.disable_dropout();
         Ok(Self {
-            updater: Updater::new(parameters, &config.update)?,
+            updater: updater(&config, &policy, &value_model, &[])?,
             kl: KlController::new(config.kl_control),
             config,
             policy,
@@ -68,6 +75,9 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
             reward: Box::new(reward),
             detokenizer: None,
             constraints: Vec::new(),
+            multipliers: Vec::new(),
+            moments: RunningMoments::default(),
+            pretraining: None,
             steps_done: 0,
             completions_done: 0,
             cursor: None,
@@ -81,11 +91,45 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
         self
     }
 
-    /// Adds a constraint.
-    #[must_use]
-    pub fn with_constraint(mut self, constraint: Constraint) -> Self {
+    /// Adds a constraint. Any number of them hold together. To be called before anything is
+    /// trained or loaded: a cost critic joins the optimiser.
+    ///
+    /// # Errors
+    /// Those of [`Constraint::validate`] and [`Updater::new`]; a name that another constraint has;
+    /// a trainer that has trained.
+    pub fn with_constraint(mut self, mut constraint: Constraint) -> Result<Self> {
+        constraint.validate()?;
+        let taken = |other: &Constraint| other.name == constraint.name;
+        if self.constraints.iter().any(taken) {
+            let reason = "another constraint has this name";
+            return Err(CoreError::config("constraint.name", &constraint.name, reason).into());
+        }
+        if self.steps_done > 0 || self.updater.step() > 0 {
+            let reason = "is too late: add constraints before training and loading";
+            return Err(CoreError::config("constraint", &constraint.name, reason).into());
+        }
+        if let Some(critic) = &mut constraint.critic {
+            critic.disable_dropout();
+        }
+        self.multipliers.push(constraint.multiplier());
         self.constraints.push(constraint);
-        self
+        self.updater = updater(
+            &self.config,
+            &self.policy,
+            &self.value_model,
+            &self.constraints,
+        )?;
+        Ok(self)
+    }
+
+    /// Gives the texts of the pretraining loss ([`PpoConfig::ptx`]). Their *responses* are scored:
+    /// a plain text is a prompt of one token and the rest.
+    ///
+    /// # Errors
+    /// No texts, or one without a response.
+    pub fn with_pretraining(mut self, texts: Vec<Sequence>) -> Result<Self> {
+        self.pretraining = Some(Pretraining::new(texts, self.config.seed)?);
+        Ok(self)
     }
 
     /// One step: a rollout over `prompts` and an update on it.
@@ -107,203 +151,6 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
         stats.insert("ppo/time/rollout_s", rollout_s);
         stats.insert("ppo/time/update_s", start.elapsed().as_secs_f64());
         Ok(stats)
-    }
-
-    /// Samples responses to `prompts` and evaluates them.
-    ///
-    /// # Errors
-    /// Those of [`Generator::generate`] (no prompt at all, for one) and of [`evaluate`](Self::evaluate).
-    /// Nothing is changed then.
-    pub fn rollout(&mut self, prompts: &[Arc<[i64]>]) -> Result<Rollout> {
-        // 1. The policy answers the prompts.
-        let place = (self.config.seed, self.completions_done);
-        let detokenizer = self.detokenizer.as_deref();
-        let generation = &self.config.generation;
-        let completions =
-            completions::write(&self.policy, generation, detokenizer, prompts, place)?;
-        let count = completions.batch.len() as u64;
-        let rollout = self.evaluate(completions)?;
-        self.completions_done += count;
-        Ok(rollout)
-    }
-
-    /// Judges, scores and turns into advantages what the policy, or somebody else, has written.
-    ///
-    /// # Errors
-    /// A score, a cost or a model's output that is not finite, naming the sample; a model that
-    /// returns the wrong shape; and the models' own. Nothing is changed then.
-    pub fn evaluate(&self, completions: Completions) -> Result<Rollout> {
-        let _no_grad = tch::no_grad_guard();
-        let config = &self.config;
-        let completions = completions::with_texts(completions, self.detokenizer.as_deref())?;
-        let batch = &completions.batch;
-
-        // 2. Each response is scored; one that breaks a constraint will not be learnt from.
-        let scores = measure::scores(self.reward.as_ref(), &completions)?;
-        let clipped = match config.score_clip {
-            Some(limit) => scores.clamp(-limit, limit),
-            None => scores.shallow_clone(),
-        };
-        let final_scores = config
-            .missing_eos
-            .apply(&clipped, &completions.finish_reasons)?;
-        let mut used = vec![true; batch.len()];
-        let mut costs = Vec::with_capacity(self.constraints.len());
-        for constraint in &self.constraints {
-            let cost = measure::costs(constraint, &completions)?;
-            for (used, cost) in used.iter_mut().zip(&cost) {
-                *used &= *cost <= constraint.threshold;
-            }
-            costs.push(Tensor::from_slice(&cost).to_kind(tch::Kind::Float));
-        }
-
-        // 3. Log-probabilities of policy and reference, and values, of every token.
-        let forward = Forward {
-            temperature: config.temperature(),
-            microbatching: config.microbatching(),
-        };
-        let logprobs = match (&completions.sampling_logprobs, config.old_logprobs) {
-            (Some(sampled), OldLogprobs::Sampled) => measure::sampled_logprobs(batch, sampled)?,
-            _ => {
-                let what = "the policy's log-probability";
-                measure::logprobs(what, &self.policy, &completions, forward)?
-            }
-        };
-        let what = "the reference's log-probability";
-        let reference = self.reference.as_ref();
-        let ref_logprobs = measure::logprobs(what, reference, &completions, forward)?;
-        let values = measure::values(&self.value_model, batch, forward.microbatching)?;
-
-        // 4. Rewards: the KL penalty at every token, the score at the end.
-        let mask = batch.response_mask(tch::Device::Cpu);
-        let kl = config.kl_estimator.estimate(&logprobs, &ref_logprobs);
-        let shaped = shaped_rewards(&ShapedRewardsInput {
-            kl: &kl,
-            mask: &mask,
-            scores: &final_scores,
-            kl_coef: self.kl.kl_coef(),
-            score_position: config.score_position,
-            max_response_len: config.generation.max_new_tokens,
-        })?;
-        let values = values.masked_fill(&shaped.mask.logical_not(), 0.0);
-        measure::check_finite("the value", &values)?;
-        let used_rows = Tensor::from_slice(&used).unsqueeze(1);
-        let rewards = whitened(
-            config.whiten_rewards,
-            &shaped.rewards,
-            &shaped.mask.logical_and(&used_rows),
-            Shift::KeepMean,
-        )?;
-
-        // 5. Advantages and returns; the returns use the advantages as they were before whitening.
-        let estimate = gae(&GaeInput {
-            rewards: &rewards,
-            values: &values,
-            mask: &shaped.mask,
-            gamma: config.gamma,
-            lam: config.lam,
-        })?;
-        let width = mask.size()[1];
-        let advantages = whitened(
-            config.whiten_advantages,
-            &estimate.advantages.narrow(1, 0, width),
-            &mask.logical_and(&used_rows),
-            Shift::ToZero,
-        )?;
-        Ok(Rollout {
-            kl: kl.masked_fill(&mask.logical_not(), 0.0),
-            mask,
-            value_mask: shaped.mask,
-            used,
-            logprobs,
-            ref_logprobs,
-            kl_coef: self.kl.kl_coef(),
-            values,
-            scores,
-            final_scores,
-            costs,
-            rewards,
-            advantages,
-            returns: estimate.returns,
-            completions,
-        })
-    }
-
-    /// Trains on a rollout: `ppo_epochs` passes, each in a new order, cut into `minibatches`.
-    ///
-    /// Where every sample breaks a constraint, the update is skipped: the statistics say so in
-    /// `ppo/update_skipped`, and hold nothing about losses.
-    ///
-    /// # Errors
-    /// A loss or gradient that is not finite, and the models' own. The optimiser step in which
-    /// that happens changes nothing; those before it stay.
-    pub fn update(&mut self, rollout: &Rollout) -> Result<Stats> {
-        let rng = RngStreams::new(self.config.seed);
-        let mut done = Vec::new();
-        for epoch in 0..self.config.ppo_epochs {
-            // 6. Every epoch visits the samples that may be learnt from in an order of its own.
-            let index = self.steps_done * self.config.ppo_epochs as u64 + epoch as u64;
-            let order = shuffled(
-                rollout.used_rows(),
-                &mut rng.stream("ppo/minibatches", index),
-            );
-            for rows in parts(&order, self.config.minibatches) {
-                done.extend(self.update_minibatch(rollout, rows)?);
-            }
-        }
-        let lr = done.last().map_or_else(|| self.updater.lr(), |m| m.lr);
-        let mut stats = stats::rollout_stats(rollout, &self.constraints);
-        stats.extend(stats::update_stats(&done, lr));
-        if let KlControl::Adaptive { target, .. } = self.config.kl_control {
-            stats.insert("ppo/kl_target", target);
-        }
-        let report = self.reward.take_report().into_iter();
-        stats.extend(report.map(|(name, value)| (format!("ppo/judge/{name}"), value)));
-
-        // 8. The KL coefficient follows what was measured, per sequence.
-        self.kl.observe(rollout.kl_per_sequence(), rollout.len());
-        self.steps_done += 1;
-        Ok(stats)
-    }
-
-    /// One optimiser step on the samples `rows` of a rollout. `None`, and no step, where they
-    /// have no token.
-    ///
-    /// # Errors
-    /// Those of [`update`](Self::update).
-    ///
-    /// # Panics
-    /// If a row is not below the number of samples.
-    pub fn update_minibatch(
-        &mut self,
-        rollout: &Rollout,
-        rows: &[usize],
-    ) -> Result<Option<MinibatchStats>> {
-        // Samples of one prompt are neighbours in the rollout; in a microbatch they share its
-        // forward pass.
-        let mut rows = rows.to_vec();
-        rows.sort_unstable();
-        let batch = &rollout.completions.batch;
-        let microbatching = self.config.microbatching();
-        let microbatches = microbatching
-            .cut(batch, &rows)
-            .into_iter()
-            .map(|rows| rollout.microbatch(rows))
-            .collect::<Result<Vec<_>, _>>()?;
-        let counts = Counts::of(&microbatches);
-        if counts.tokens == 0.0 {
-            return Ok(None);
-        }
-        // 7. Clipped policy and value losses, as means over the whole minibatch; one step of the
-        //    optimiser for both models.
-        let (policy, value_model, config) = (&self.policy, &self.value_model, &self.config);
-        let mut parts = Vec::with_capacity(microbatches.len());
-        let update = self.updater.update::<Error>(microbatches.len(), |i| {
-            let out = microbatch_loss(policy, value_model, config, &microbatches[i], counts)?;
-            parts.push(out.parts);
-            Ok(out.loss)
-        })?;
-        Ok(Some(MinibatchStats::new(&parts, &update)?))
     }
 
     /// The options.
@@ -336,6 +183,17 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
         self.reward.as_ref()
     }
 
+    /// The constraints, in the order they were added.
+    pub fn constraints(&self) -> &[Constraint] {
+        &self.constraints
+    }
+
+    /// The multiplier of the constraint of that name, where it has one.
+    pub fn multiplier(&self, constraint: &str) -> Option<f64> {
+        let place = self.constraints.iter().position(|c| c.name == constraint)?;
+        self.multipliers[place].as_ref().map(Multiplier::value)
+    }
+
     /// Updates done so far, those that were skipped included.
     pub fn steps_done(&self) -> u64 {
         self.steps_done
@@ -352,15 +210,35 @@ impl<P: Policy, V: ValueModel> PpoTrainer<P, V> {
     }
 }
 
-/// Whitening of what may be nothing at all: zeros then.
-fn whitened(
-    whitening: crate::Whitening,
-    values: &Tensor,
-    mask: &Tensor,
-    shift: Shift,
-) -> Result<Tensor> {
-    if !bool::try_from(mask.any()).map_err(rlhf_core::Error::from)? {
-        return Ok(values.zeros_like());
+/// The update path of all that is trained, with the critics' learning rate.
+fn updater<P: Policy, V: Critic<P>>(
+    config: &PpoConfig,
+    policy: &P,
+    critic: &V,
+    constraints: &[Constraint],
+) -> Result<Updater> {
+    let prefixes: Vec<String> = constraints
+        .iter()
+        .map(|constraint| format!("cost.{}", constraint.name))
+        .collect();
+    let mut parts: Vec<(&str, &dyn Parameters)> = vec![("policy", policy), ("value", critic)];
+    for (constraint, prefix) in constraints.iter().zip(&prefixes) {
+        if let Some(critic) = &constraint.critic {
+            parts.push((prefix, critic.as_ref()));
+        }
     }
-    Ok(whitening.apply(values, mask, shift)?)
+    let mut update = config.update.clone();
+    if let Some(lr) = config.critic_lr {
+        if critic.shares_trunk() {
+            let reason = "has nothing to act on where the critic is on the policy's trunk";
+            return Err(CoreError::config("critic_lr", lr, reason).into());
+        }
+        let critics = parts.iter().filter(|(prefix, _)| *prefix != "policy");
+        update.optimizer.groups.push(ParamGroup {
+            params: critics.map(|(prefix, _)| format!("{prefix}.*")).collect(),
+            lr: Some(lr),
+            ..ParamGroup::default()
+        });
+    }
+    Ok(Updater::new(joined_parameters(&parts), &update)?)
 }

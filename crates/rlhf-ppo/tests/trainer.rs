@@ -7,7 +7,7 @@ mod common;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use common::bigram::{Bigram, STOP, TokenValue};
+use common::bigram::{Bigram, STOP, TokenValue, letters};
 use rlhf_ppo::core::{
     CheckpointConfig, Completions, Error as CoreError, Event, FinishReason, Observer, RewardModel,
     Sequence, SequenceBatch, Stats, constraint_fn, reward_fn,
@@ -54,10 +54,6 @@ fn trainer_with(config: PpoConfig, reward: impl RewardModel + 'static) -> Traine
 fn trainer(config: PpoConfig) -> Trainer {
     let count = |text: &str| text.matches('c').count() as f64;
     trainer_with(config, reward_fn(move |_, response| count(response)))
-}
-
-fn letters(ids: &[i64]) -> rlhf_ppo::core::Result<String> {
-    Ok(ids.iter().map(|&id| char::from(b'a' + id as u8)).collect())
 }
 
 fn prompts() -> Vec<Arc<[i64]>> {
@@ -307,7 +303,7 @@ fn a_sample_that_breaks_a_constraint_takes_no_part() {
         whiten_rewards: rlhf_ppo::Whitening::Population,
         ..config()
     };
-    let mut constrained = trainer(one_batch()).with_constraint(no_e(1.0));
+    let mut constrained = trainer(one_batch()).with_constraint(no_e(1.0)).unwrap();
     let rollout = constrained.evaluate(written()).unwrap();
     assert_eq!(rollout.used, [true, false, true, true]);
     let stats = constrained.update(&rollout).unwrap();
@@ -326,13 +322,13 @@ fn a_sample_that_breaks_a_constraint_takes_no_part() {
         assert!((a - b).abs() < 1e-6, "{a} is not {b}");
     }
     // A cost at the threshold is still allowed.
-    let lax = trainer(one_batch()).with_constraint(no_e(2.0));
+    let lax = trainer(one_batch()).with_constraint(no_e(2.0)).unwrap();
     assert_eq!(lax.evaluate(written()).unwrap().used, [true; 4]);
 }
 
 #[test]
 fn without_a_sample_left_the_update_is_skipped() {
-    let mut trainer = trainer(config()).with_constraint(no_e(-1.0));
+    let mut trainer = trainer(config()).with_constraint(no_e(-1.0)).unwrap();
     let before = weights(&trainer);
     let rollout = trainer.evaluate(written()).unwrap();
     let stats = trainer.update(&rollout).unwrap();
@@ -387,7 +383,9 @@ fn wrong_judgements_and_empty_batches_are_errors() {
     let error = wrong.step(&prompts()[..4]).unwrap_err();
     assert!(matches!(error, Error::WrongJudgement { expected: 4, .. }));
     let cost = constraint_fn(|_, _| f64::INFINITY);
-    let constrained = trainer(config()).with_constraint(Constraint::new("inf", cost, 0.0));
+    let constrained = trainer(config())
+        .with_constraint(Constraint::new("inf", cost, 0.0))
+        .unwrap();
     assert!(constrained.evaluate(written()).is_err());
 
     let mut trainer = trainer(config());

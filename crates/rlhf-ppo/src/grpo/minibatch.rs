@@ -8,7 +8,7 @@ use super::config::GrpoConfig;
 use super::loss::{GroupLossInput, group_loss};
 use super::off_policy::importance_weights;
 use super::rollout::Microbatch;
-use crate::Result;
+use crate::{Result, critic};
 
 /// What one optimiser step did, however it was split into microbatches. "Mean over ratios" is
 /// over tokens where every token has its own ratio, and over answers where an answer has one.
@@ -84,7 +84,8 @@ pub(crate) fn microbatch_loss(
         temperature: config.temperature(),
         entropy: true,
     };
-    let new = policy.logprobs(&microbatch.batch, &options)?;
+    let kept = microbatch.kept.as_deref();
+    let new = critic::logprobs(policy, &microbatch.batch, kept, &options)?;
     let device = new.logprobs.device();
     let there = |t: &Tensor| t.to_device(device);
     let mask = there(&microbatch.mask);

@@ -1,6 +1,6 @@
 //! Answers with everything that an update needs to know about them.
 
-use rlhf_core::{Completions, SequenceBatch};
+use rlhf_core::{Completions, KeptTokens, SequenceBatch};
 use tch::{Kind, Tensor};
 
 /// Several answers to each prompt, judged and turned into advantages. The answers to one prompt
@@ -98,8 +98,10 @@ impl GroupRollout {
         let index: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
         let index = Tensor::from_slice(&index);
         let cut = |t: &Tensor| t.narrow(1, 0, width).index_select(0, &index);
+        let kept = self.completions.kept.as_ref();
         let floats = |numbers: Vec<f64>| Tensor::from_slice(&numbers).to_kind(Kind::Float);
         Ok(Microbatch {
+            kept: kept.map(|kept| rows.iter().map(|&row| kept[row].clone()).collect()),
             mask: cut(&self.mask),
             old_logprobs: self.old_logprobs.as_ref().map(cut),
             ref_logprobs: self.ref_logprobs.as_ref().map(cut),
@@ -124,6 +126,8 @@ pub(crate) struct RowWeights {
 /// Rows of a [`GroupRollout`].
 pub(crate) struct Microbatch {
     pub(crate) batch: SequenceBatch,
+    /// What filters left to draw from, where there were any.
+    pub(crate) kept: Option<Vec<KeptTokens>>,
     pub(crate) mask: Tensor,
     pub(crate) old_logprobs: Option<Tensor>,
     pub(crate) ref_logprobs: Option<Tensor>,

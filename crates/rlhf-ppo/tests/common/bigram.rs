@@ -34,6 +34,11 @@ impl TokenValue {
     }
 }
 
+/// Tokens are letters: `a` is 0, which stops.
+pub fn letters(ids: &[i64]) -> Result<String> {
+    Ok(ids.iter().map(|&id| char::from(b'a' + id as u8)).collect())
+}
+
 impl Parameters for Bigram {
     fn named_parameters(&self) -> Vec<(String, Tensor)> {
         vec![("table".to_string(), self.0.shallow_clone())]
