@@ -245,22 +245,21 @@ fn order(options: &Options, pairs: &[Preference]) -> Result<Option<Vec<usize>>> 
 
 /// Uncertain against random questions, at equal numbers of labels.
 fn trial(options: &Options, policy: &CausalLm, tokenizer: Tokenizer) -> Result<()> {
-    let task = SummaryTask::new(tokenizer, 64)?;
+    let task = SummaryTask::new(tokenizer.clone(), 64)?;
     let mut texts = read_pairs(Path::new("examples/data/debtldr/train.jsonl"))?;
     texts.truncate(options.trial_pool / 2);
     let mut unseen = read_pairs(Path::new("examples/data/debtldr/valid.jsonl"))?;
     unseen.truncate(200);
-    let generation = GenerationConfig {
+    let writer = comparisons::Writer {
+        model: policy,
+        tokenizer: &tokenizer,
         max_new_tokens: options.max_new_tokens,
-        stop_token_ids: vec![task.stop()],
-        ..GenerationConfig::default()
     };
     let streams = RngStreams::new(options.seed);
     // Half of the questions are easy and half are hard, in the pool and held out: against the
     // model's own summary, and against what a person wrote for another text.
     let both = |texts: &[_], first| -> Result<Vec<Preference>> {
-        let mut pairs =
-            comparisons::against_samples(policy, &task, texts, &generation, &streams, first)?;
+        let mut pairs = writer.comparisons(&task, texts, &streams, first)?;
         pairs.extend(comparisons::against_mismatches(&task, texts)?);
         Ok(pairs)
     };

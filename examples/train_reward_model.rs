@@ -24,11 +24,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
+use comparisons::Writer;
 use rlhf::core::{
-    Completions, EpochConfig, GenerationConfig, JsonlObserver, Kind, Observer, Preference,
-    PreferenceBatch, ProgressObserver, RngStreams,
+    Completions, EpochConfig, JsonlObserver, Kind, Observer, Preference, PreferenceBatch,
+    ProgressObserver, RngStreams,
 };
-use rlhf::models::{CausalLm, LoadOptions, SequenceClassifier, Tokenizer};
+use rlhf::models::{CausalLm, LoadOptions, LoraConfig, SequenceClassifier, Tokenizer};
 use rlhf::reward::{
     Combination, Ensemble, Normalized, Overlong, PairReport, RewardConfig, RewardTrainer,
     agreement, score_pairs, screen_pairs,
@@ -47,6 +48,15 @@ struct Options {
     /// Hugging Face folder of the language model that the reward model starts from.
     #[arg(long, default_value = "examples/models/debtldr-gpt2")]
     model: PathBuf,
+    /// Hugging Face folder of the model that writes the worse answers of the embedded data.
+    #[arg(long, default_value = "examples/models/debtldr-gpt2")]
+    sampler: PathBuf,
+    /// Trains adapters of this rank (LoRA) on a frozen model, instead of all weights.
+    #[arg(long, conflicts_with = "head_only")]
+    lora: Option<i64>,
+    /// Weights and arithmetic in bfloat16, with master weights in f32.
+    #[arg(long)]
+    bf16: bool,
     /// Folder for model, report and charts.
     #[arg(long, default_value = "runs/reward")]
     out: PathBuf,
@@ -91,16 +101,29 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<()> {
     std::fs::create_dir_all(&options.out)?;
-    let load = LoadOptions {
-        kind: Some(Kind::Float),
+    let load = |kind| LoadOptions {
+        kind: Some(kind),
         ..LoadOptions::default()
     };
-    let base = CausalLm::from_pretrained(&options.model, &load)?;
+    let kind = if options.bf16 {
+        Kind::BFloat16
+    } else {
+        Kind::Float
+    };
+    let base = CausalLm::from_pretrained(&options.model, &load(kind))?;
     let tokenizer = Tokenizer::from_dir(&options.model)?;
     tokenizer.check_fits(base.config())?;
     let data = match &options.data {
         Some(path) => own_data(options, path, &base, &tokenizer)?,
-        None => embedded_data(options, &base, &tokenizer)?,
+        None => {
+            let sampler = CausalLm::from_pretrained(&options.sampler, &load(Kind::Float))?;
+            let writer = Writer {
+                model: &sampler,
+                tokenizer: &Tokenizer::from_dir(&options.sampler)?,
+                max_new_tokens: 24,
+            };
+            embedded_data(options, &writer, &base, &tokenizer)?
+        }
     };
     println!(
         "{} comparisons to learn from, {} held out\n",
@@ -223,7 +246,12 @@ fn shuffled(count: usize, seed: u64) -> Vec<usize> {
     order
 }
 
-fn embedded_data(options: &Options, base: &CausalLm, tokenizer: &Tokenizer) -> Result<Data> {
+fn embedded_data(
+    options: &Options,
+    writer: &Writer,
+    base: &CausalLm,
+    tokenizer: &Tokenizer,
+) -> Result<Data> {
     let task = SummaryTask::new(tokenizer.clone(), 64)?;
     let mut train = read_pairs(Path::new("examples/data/debtldr/train.jsonl"))?;
     train.truncate(options.texts);
@@ -233,15 +261,8 @@ fn embedded_data(options: &Options, base: &CausalLm, tokenizer: &Tokenizer) -> R
             .div_ceil(100)
             .max(50),
     );
-    let generation = GenerationConfig {
-        max_new_tokens: 24,
-        stop_token_ids: vec![task.stop()],
-        ..GenerationConfig::default()
-    };
     let streams = RngStreams::new(options.seed);
-    let sampled = |texts: &[_], first| {
-        comparisons::against_samples(base, &task, texts, &generation, &streams, first)
-    };
+    let sampled = |texts: &[_], first| writer.comparisons(&task, texts, &streams, first);
     let mut pairs = sampled(&train, 0)?;
     pairs.extend(comparisons::against_mismatches(&task, &train)?);
     let limit = options.max_length.min(base.config().max_length());
@@ -281,14 +302,22 @@ fn train(
             ..UpdateConfig::default()
         },
         center_coef: options.center_coef,
+        label_smoothing: options.label_smoothing,
         microbatch_size: options.batch.min(16),
     };
     let mut model = SequenceClassifier::from_causal_lm(base, 1, seed)?;
+    if let Some(rank) = options.lora {
+        let lora = LoraConfig {
+            rank,
+            alpha: 2.0 * rank as f64,
+            ..LoraConfig::default()
+        };
+        model.add_adapter(&lora, seed)?;
+    }
     if options.head_only {
         model.train_head_only();
     }
-    let mut trainer =
-        RewardTrainer::new(model, config)?.with_label_smoothing(options.label_smoothing)?;
+    let mut trainer = RewardTrainer::new(model, config)?;
     let metrics = options.out.join(format!("metrics-{member}.jsonl"));
     let mut observers: Vec<Box<dyn Observer>> = vec![
         Box::new(JsonlObserver::create(&metrics)?),
@@ -301,5 +330,9 @@ fn train(
         .iter()
         .map(|part| Ok(Completions::written(part.interleaved()?)))
         .collect::<Result<Vec<_>>>()?;
-    Ok(Normalized::fit(trainer.into_model(), &calibration)?)
+    let mut model = trainer.into_model();
+    if options.lora.is_some() {
+        model.merge()?;
+    }
+    Ok(Normalized::fit(model, &calibration)?)
 }

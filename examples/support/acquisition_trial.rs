@@ -113,6 +113,7 @@ fn train(
         },
         center_coef: 0.01,
         microbatch_size: 16,
+        ..RewardConfig::default()
     };
     let model = SequenceClassifier::from_causal_lm(base, budget.heads as i64, seed)?;
     let heads = Heads {

@@ -12,28 +12,50 @@ use crate::support::task::{Pair, SummaryTask};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// The human summary of each text against one that `model` samples.
-pub fn against_samples(
-    model: &CausalLm,
-    task: &SummaryTask,
-    pairs: &[Pair],
-    generation: &GenerationConfig,
-    streams: &RngStreams,
-    first_index: u64,
-) -> Result<Vec<Preference>> {
-    let prompts = pairs
-        .iter()
-        .map(|pair| task.prompt(&pair.text))
-        .collect::<Result<Vec<_>>>()?;
-    let own: Completions = generate(model, &prompts, generation, streams, first_index)?;
-    pairs
-        .iter()
-        .zip(own.batch.into_sequences())
-        .map(|(pair, own)| {
-            let human = task.response(&pair.summary)?;
-            Ok(Preference::new(own.prompt, human, own.response))
-        })
-        .collect()
+/// Who writes the worse answers: a model with its own tokenizer.
+pub struct Writer<'a> {
+    pub model: &'a CausalLm,
+    pub tokenizer: &'a Tokenizer,
+    pub max_new_tokens: usize,
+}
+
+impl Writer<'_> {
+    /// The human summary of each text against one that this model samples, in the tokens of
+    /// `task`, whose tokenizer may be another.
+    pub fn comparisons(
+        &self,
+        task: &SummaryTask,
+        pairs: &[Pair],
+        streams: &RngStreams,
+        first_index: u64,
+    ) -> Result<Vec<Preference>> {
+        let own = SummaryTask::new(self.tokenizer.clone(), 64)?;
+        let prompts = pairs
+            .iter()
+            .map(|pair| own.prompt(&pair.text))
+            .collect::<Result<Vec<_>>>()?;
+        let generation = GenerationConfig {
+            max_new_tokens: self.max_new_tokens,
+            stop_token_ids: vec![own.stop()],
+            ..GenerationConfig::default()
+        };
+        let written: Completions =
+            generate(self.model, &prompts, &generation, streams, first_index)?;
+        pairs
+            .iter()
+            .zip(written.batch.into_sequences())
+            .map(|(pair, written)| {
+                let text = self.tokenizer.decode(&written.response, true)?;
+                let mut rejected = task.tokenizer().encode(&format!(" {}", text.trim()))?;
+                // A summary that was cut off has no end in the other tokens either.
+                if written.response.last() == Some(&own.stop()) {
+                    rejected.push(task.stop());
+                }
+                let human = task.response(&pair.summary)?;
+                Ok(Preference::new(task.prompt(&pair.text)?, human, rejected))
+            })
+            .collect()
+    }
 }
 
 /// The human summary of each text against that of the next text: a summary must fit its text,

@@ -24,6 +24,9 @@ pub struct RewardConfig {
     /// `κ` of [`pairwise_loss`](crate::pairwise_loss): how strongly scores are pulled towards 0. Eisenstein et al. 2023
     /// use 0.01.
     pub center_coef: f64,
+    /// `ε` of [`pairwise_loss`](crate::pairwise_loss): which share of the labels is wrong, below
+    /// 0.5.
+    pub label_smoothing: f64,
     /// Pairs that are in memory at once. The result of a step does not depend on it, but for
     /// rounding.
     pub microbatch_size: usize,
@@ -42,6 +45,7 @@ impl Default for RewardConfig {
                 ..UpdateConfig::default()
             },
             center_coef: 0.0,
+            label_smoothing: 0.0,
             microbatch_size: 8,
         }
     }
@@ -54,13 +58,15 @@ impl RewardConfig {
     /// An invalid configuration, naming the field.
     pub fn validate(&self) -> Result<()> {
         self.update.validate()?;
-        let center_coef = self.center_coef;
-        let terms = PairwiseTerms {
-            center_coef,
-            ..PairwiseTerms::default()
-        };
-        terms.validate()?;
+        self.terms().validate()?;
         check_microbatch_size(self.microbatch_size)
+    }
+
+    fn terms(&self) -> PairwiseTerms {
+        PairwiseTerms {
+            center_coef: self.center_coef,
+            label_smoothing: self.label_smoothing,
+        }
     }
 }
 
@@ -90,7 +96,6 @@ pub struct RewardTrainer<S> {
     updater: Updater,
     config: RewardConfig,
     heads: Heads,
-    label_smoothing: f64,
 }
 
 /// How well a scorer agrees with comparisons.
@@ -122,7 +127,6 @@ impl<S: Scorer> RewardTrainer<S> {
             model,
             config,
             heads: Heads::ONE,
-            label_smoothing: 0.0,
         })
     }
 
@@ -140,24 +144,6 @@ impl<S: Scorer> RewardTrainer<S> {
         Ok(self)
     }
 
-    /// Tells the loss which share of the labels is wrong: `ε` of
-    /// [`pairwise_loss`](crate::pairwise_loss), 0 unless told.
-    ///
-    /// # Errors
-    /// An invalid configuration: a share outside `0..0.5`.
-    pub fn with_label_smoothing(mut self, label_smoothing: f64) -> Result<Self> {
-        self.label_smoothing = label_smoothing;
-        self.terms().validate()?;
-        Ok(self)
-    }
-
-    fn terms(&self) -> PairwiseTerms {
-        PairwiseTerms {
-            center_coef: self.config.center_coef,
-            label_smoothing: self.label_smoothing,
-        }
-    }
-
     /// One optimiser step on the weighted mean loss of all pairs.
     ///
     /// The stats are those of the batch before its update: `reward/loss`, `reward/accuracy`,
@@ -173,7 +159,7 @@ impl<S: Scorer> RewardTrainer<S> {
     /// [`Error::NothingToLearn`] where every pair is skipped. Nothing has changed then.
     pub fn step(&mut self, batch: &PreferenceBatch) -> Result<Stats> {
         let (batch, skipped) = usable(batch)?;
-        let (model, heads, terms) = (&self.model, self.heads, self.terms());
+        let (model, heads, terms) = (&self.model, self.heads, self.config.terms());
         let parts = batch.split(self.config.microbatch_size)?;
         let denominator = heads.weights(&batch).iter().sum();
         let mut scored = Vec::with_capacity(parts.len());
@@ -229,7 +215,7 @@ impl<S: Scorer> RewardTrainer<S> {
         let scores = PairScores::cat(&scored);
         scores.check_finite()?;
         let denominator = self.heads.weights(&batch).iter().sum();
-        let loss = scores.loss(&batch, self.heads, self.terms(), denominator)?;
+        let loss = scores.loss(&batch, self.heads, self.config.terms(), denominator)?;
         let (chosen, rejected) = scores.means();
         let metrics = pairwise_metrics(&chosen, &rejected)?;
         Ok(RewardEvaluation {

@@ -54,13 +54,11 @@ fn a_ranking_of_two_is_a_comparison() {
     let compared = PreferenceBatch::new(pairs).unwrap();
     let mut config = RewardConfig {
         center_coef: 0.05,
+        label_smoothing: 0.1,
         ..RewardConfig::default()
     };
     config.update.optimizer.lr = 0.05;
-    let mut of_pairs = RewardTrainer::new(TokenMean::new(1), config)
-        .unwrap()
-        .with_label_smoothing(0.1)
-        .unwrap();
+    let mut of_pairs = RewardTrainer::new(TokenMean::new(1), config).unwrap();
     let mut of_rankings = ranking_trainer(2);
     for _ in 0..3 {
         let (a, b) = (

@@ -140,17 +140,19 @@ fn label_smoothing_bounds_what_is_learned() {
     let margin = |label_smoothing: f64| {
         let mut plain = config(1);
         plain.center_coef = 0.0;
-        let mut trainer = RewardTrainer::new(TokenMean::new(1), plain)
-            .unwrap()
-            .with_label_smoothing(label_smoothing)
-            .unwrap();
+        plain.label_smoothing = label_smoothing;
+        let mut trainer = RewardTrainer::new(TokenMean::new(1), plain).unwrap();
         trainer.train(&pairs, &epochs, &mut []).unwrap();
         trainer.evaluate(&pairs).unwrap().mean_margin
     };
     let best = (0.8f64 / 0.2).ln(); // where the smoothed loss is least
     assert!((margin(0.2) - best).abs() < 0.05, "{}", margin(0.2));
     assert!(margin(0.0) > 2.0 * best);
-    assert!(trainer(1).with_label_smoothing(0.5).is_err());
+    let half = RewardConfig {
+        label_smoothing: 0.5,
+        ..config(1)
+    };
+    assert!(RewardTrainer::new(TokenMean::new(1), half).is_err());
 }
 
 #[test]
