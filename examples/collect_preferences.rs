@@ -9,7 +9,7 @@
 //! on where it was left. `train_reward_model --data feedback.jsonl` learns from the file.
 //!
 //! With `--ask DIR --ask DIR …`, folders of reward models, the questions on which they differ most
-//! come first. `--trial` measures whether that pays, on the embedded data, where the human summary
+//! come first. `--trial` measures whether that pays, on the embedded texts, where a reward model
 //! stands in for the person.
 #![allow(clippy::print_stdout, clippy::print_stderr)] // an example talks to its user
 
@@ -244,26 +244,35 @@ fn order(options: &Options, pairs: &[Preference]) -> Result<Option<Vec<usize>>> 
 }
 
 /// Uncertain against random questions, at equal numbers of labels.
+///
+/// A reward model that learnt from the human summaries of other texts stands in for the person:
+/// it knows what it wants, and gives the same answer every time. The questions are pairs of the
+/// policy's own summaries, as they are when a person is asked.
 fn trial(options: &Options, policy: &CausalLm, tokenizer: Tokenizer) -> Result<()> {
     let task = SummaryTask::new(tokenizer.clone(), 64)?;
-    let mut texts = read_pairs(Path::new("examples/data/debtldr/train.jsonl"))?;
-    texts.truncate(options.trial_pool / 2);
-    let mut unseen = read_pairs(Path::new("examples/data/debtldr/valid.jsonl"))?;
-    unseen.truncate(200);
+    let texts = read_pairs(Path::new("examples/data/debtldr/train.jsonl"))?;
+    let unseen = read_pairs(Path::new("examples/data/debtldr/valid.jsonl"))?;
     let writer = comparisons::Writer {
         model: policy,
         tokenizer: &tokenizer,
         max_new_tokens: options.max_new_tokens,
     };
     let streams = RngStreams::new(options.seed);
-    // Half of the questions are easy and half are hard, in the pool and held out: against the
-    // model's own summary, and against what a person wrote for another text.
-    let both = |texts: &[_], first| -> Result<Vec<Preference>> {
-        let mut pairs = writer.comparisons(&task, texts, &streams, first)?;
-        pairs.extend(comparisons::against_mismatches(&task, texts)?);
-        Ok(pairs)
+    let (asked, others) = texts.split_at(options.trial_pool.min(texts.len() / 2));
+    let mut lessons = writer.comparisons(&task, others, &streams, 0)?;
+    lessons.extend(comparisons::against_mismatches(&task, others)?);
+    let person = acquisition_trial::person(policy, &lessons, options.seed)?;
+    let labelled = |texts: &[_], first| -> Result<Vec<Preference>> {
+        let a = writer.summaries(&task, texts, &streams, first)?;
+        let b = writer.summaries(&task, texts, &streams, first + (1 << 32))?;
+        let pairs = texts
+            .iter()
+            .zip(a.into_iter().zip(b))
+            .map(|(text, (a, b))| Ok(Preference::new(task.prompt(&text.text)?, a, b)))
+            .collect::<Result<Vec<_>>>()?;
+        acquisition_trial::answers(&person, &pairs)
     };
-    let (pool, held_out) = (both(&texts, 0)?, both(&unseen, 1 << 32)?);
+    let (pool, held_out) = (labelled(asked, 1 << 40)?, labelled(&unseen, 1 << 50)?);
     let budget = Budget {
         start: options.trial_labels,
         per_round: options.trial_labels,
@@ -272,11 +281,8 @@ fn trial(options: &Options, policy: &CausalLm, tokenizer: Tokenizer) -> Result<(
         epochs: 4,
     };
     if budget.start + budget.rounds * budget.per_round > pool.len() {
-        return Err(format!(
-            "the trial wants more labels than its pool of {}",
-            pool.len()
-        )
-        .into());
+        let found = pool.len();
+        return Err(format!("the trial wants more labels than its pool of {found}").into());
     }
     println!(
         "{} comparisons to choose from, {} held out",

@@ -1,5 +1,5 @@
-//! Does it pay to choose which comparisons people label? Measured with the embedded data, whose
-//! labels are known: the human summary is preferred.
+//! Does it pay to choose which comparisons people label? Measured with the embedded texts and a
+//! reward model in the place of the person.
 #![allow(dead_code, unreachable_pub)] // a module of examples, which use a part of it
 
 use std::error::Error;
@@ -9,7 +9,10 @@ use rand::seq::SliceRandom;
 use rlhf::core::{Completions, EpochConfig, Preference, RngStreams};
 use rlhf::models::{CausalLm, SequenceClassifier};
 use rlhf::reward::feedback::most_informative;
-use rlhf::reward::{Combination, HeadEnsemble, Heads, PairReport, RewardConfig, RewardTrainer};
+use rlhf::reward::{
+    Combination, HeadEnsemble, Heads, Overlong, PairReport, RewardConfig, RewardTrainer,
+    score_pairs, screen_pairs,
+};
 use rlhf::scale::{AdamWConfig, Schedule, UpdateConfig};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -87,6 +90,28 @@ pub fn run(
     Ok(points)
 }
 
+/// Who answers: a reward model that learnt from `lessons`, which nothing else is taught with.
+pub fn person(base: &CausalLm, lessons: &[Preference], seed: u64) -> Result<SequenceClassifier> {
+    train_heads(base, lessons, Heads::ONE, 1, seed)
+}
+
+/// The questions with the better answer first. Those that the person cannot tell apart are left
+/// out.
+pub fn answers(person: &SequenceClassifier, questions: &[Preference]) -> Result<Vec<Preference>> {
+    let (questions, _) = screen_pairs(questions.to_vec(), usize::MAX, Overlong::Drop);
+    let (scored, _) = score_pairs(person, &questions, 32)?;
+    let decided = questions.into_iter().zip(scored);
+    Ok(decided
+        .filter(|(_, scored)| scored.difference() != 0.0)
+        .map(|(mut question, scored)| {
+            if !scored.is_right() {
+                std::mem::swap(&mut question.chosen, &mut question.rejected);
+            }
+            question
+        })
+        .collect())
+}
+
 fn train(
     base: &CausalLm,
     pool: &[Preference],
@@ -95,8 +120,23 @@ fn train(
     seed: u64,
 ) -> Result<HeadEnsemble<SequenceClassifier>> {
     let pairs: Vec<_> = labels.iter().map(|&i| pool[i].clone()).collect();
+    let heads = Heads {
+        count: budget.heads,
+        bootstrap: Some(seed),
+    };
+    let model = train_heads(base, &pairs, heads, budget.epochs, seed)?;
+    Ok(HeadEnsemble::new(model, Combination::Mean)?)
+}
+
+fn train_heads(
+    base: &CausalLm,
+    pairs: &[Preference],
+    heads: Heads,
+    epochs: u64,
+    seed: u64,
+) -> Result<SequenceClassifier> {
     let epochs = EpochConfig {
-        epochs: budget.epochs,
+        epochs,
         batch_size: 16,
         seed,
         ..EpochConfig::default()
@@ -115,14 +155,10 @@ fn train(
         microbatch_size: 16,
         ..RewardConfig::default()
     };
-    let model = SequenceClassifier::from_causal_lm(base, budget.heads as i64, seed)?;
-    let heads = Heads {
-        count: budget.heads,
-        bootstrap: Some(seed),
-    };
+    let model = SequenceClassifier::from_causal_lm(base, heads.count as i64, seed)?;
     let mut trainer = RewardTrainer::new(model, config)?.with_heads(heads)?;
-    trainer.train(&pairs, &epochs, &mut [])?;
-    Ok(HeadEnsemble::new(trainer.into_model(), Combination::Mean)?)
+    trainer.train(pairs, &epochs, &mut [])?;
+    Ok(trainer.into_model())
 }
 
 fn accuracy(model: &HeadEnsemble<SequenceClassifier>, held_out: &[Preference]) -> Result<f64> {

@@ -29,6 +29,25 @@ impl Writer<'_> {
         streams: &RngStreams,
         first_index: u64,
     ) -> Result<Vec<Preference>> {
+        let written = self.summaries(task, pairs, streams, first_index)?;
+        pairs
+            .iter()
+            .zip(written)
+            .map(|(pair, written)| {
+                let human = task.response(&pair.summary)?;
+                Ok(Preference::new(task.prompt(&pair.text)?, human, written))
+            })
+            .collect()
+    }
+
+    /// A summary of each text that this model samples, in the tokens of `task`.
+    pub fn summaries(
+        &self,
+        task: &SummaryTask,
+        pairs: &[Pair],
+        streams: &RngStreams,
+        first_index: u64,
+    ) -> Result<Vec<Vec<i64>>> {
         let own = SummaryTask::new(self.tokenizer.clone(), 64)?;
         let prompts = pairs
             .iter()
@@ -41,20 +60,17 @@ impl Writer<'_> {
         };
         let written: Completions =
             generate(self.model, &prompts, &generation, streams, first_index)?;
-        pairs
-            .iter()
-            .zip(written.batch.into_sequences())
-            .map(|(pair, written)| {
-                let text = self.tokenizer.decode(&written.response, true)?;
-                let mut rejected = task.tokenizer().encode(&format!(" {}", text.trim()))?;
-                // A summary that was cut off has no end in the other tokens either.
-                if written.response.last() == Some(&own.stop()) {
-                    rejected.push(task.stop());
-                }
-                let human = task.response(&pair.summary)?;
-                Ok(Preference::new(task.prompt(&pair.text)?, human, rejected))
-            })
-            .collect()
+        let translated = |response: &[i64]| {
+            let text = self.tokenizer.decode(response, true)?;
+            let mut tokens = task.tokenizer().encode(&format!(" {}", text.trim()))?;
+            // A summary that was cut off has no end in the other tokens either.
+            if response.last() == Some(&own.stop()) {
+                tokens.push(task.stop());
+            }
+            Ok(tokens)
+        };
+        let written = written.batch.into_sequences();
+        written.iter().map(|s| translated(&s.response)).collect()
     }
 }
 
