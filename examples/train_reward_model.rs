@@ -7,7 +7,8 @@
 //! The file has a line for each comparison, `{"prompt": …, "chosen": …, "rejected": …}` (and
 //! `margin`, if you like); `collect_preferences` writes such a file. Without `--data` the
 //! embedded texts serve: what a person wrote against what the base model writes, and against what
-//! a person wrote for another text.
+//! a person wrote for another text. What decides is the model that one starts from
+//! (`--model DIR`): docs/reward.md has figures.
 //!
 //! Part of the comparisons is held out. The report is about those alone, and asks first what one
 //! must ask of every reward model: does it know more than that longer (or shorter) is better?
