@@ -61,6 +61,7 @@ fn repeat(model: &str, variant: &str, microbatch_size: usize) {
         update: case.update(),
         center_coef: coefficient.unwrap_or(0.0),
         microbatch_size,
+        ..RewardConfig::default()
     };
     let mut trainer = RewardTrainer::new(load(model), config).unwrap();
     for (step, pairs) in pairs.chunks(4).enumerate() {
