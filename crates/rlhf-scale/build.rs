@@ -39,6 +39,7 @@ fn main() -> Result<(), &'static str> {
             "csrc/kernels.cpp",
             "csrc/memory.cpp",
             "csrc/shim.cpp",
+            "csrc/softmax.cpp",
             "csrc/stop_early.cpp",
         ])
         .compile("rlhf_scale_shim");

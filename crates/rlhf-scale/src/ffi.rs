@@ -6,6 +6,7 @@
 pub(crate) mod autograd;
 pub mod kernels;
 pub(crate) mod memory;
+pub(crate) mod softmax;
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -3,7 +3,7 @@
 //!
 //! - [`checkpoint`] and [`GradientCheckpointing`] compute activations again in backward instead of
 //!   keeping them.
-//! - [`linear_logprobs`] gives the log-probabilities of tokens without ever holding all logits, and
+//! - [`linear_logprobs`] gives the log-probabilities of tokens without memory for all logits, and
 //!   [`linear_token_loss`] a loss on them with its gradients.
 //! - [`custom_function`] puts a Rust closure into the autograd graph.
 //! - [`Updater::update`] takes microbatch losses and does backward, the finite check, clipping, the

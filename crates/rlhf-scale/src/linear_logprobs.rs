@@ -1,22 +1,26 @@
-//! Log-probabilities of tokens from hidden states, without the logits of all of them at once.
+//! Log-probabilities of tokens from hidden states, without memory for the logits of all of them.
+
+use std::sync::{Mutex, PoisonError};
 
 use rlhf_core::{Error as CoreError, LogprobOptions};
 use tch::{Kind, Tensor};
 
 use crate::ffi::autograd::grad_enabled;
-use crate::{Error, Result, custom_function};
+use crate::{Error, Result, Saved, custom_function};
 
+mod blocks;
+mod gradients;
 mod layer;
+mod scores;
 mod token_loss;
 
-use layer::{Gradient, Kept, Operands, OutputLayer};
+pub(crate) use blocks::Blocks;
+use blocks::{Buffers, Cache};
+use gradients::{Gradients, ScoreGrads};
+use layer::{Operands, OutputLayer};
+use scores::Scores;
 pub use token_loss::{LinearTokenLoss, linear_token_loss};
-
-/// Logits that exist at a time, at most: 64 MiB of f32.
-const CHUNK_ELEMENTS: i64 = 1 << 24;
-
-/// Fewer rows than this and the products become slow.
-const MIN_ROWS: i64 = 64;
+pub(crate) use token_loss::{at_once, rows_at_once};
 
 /// What [`linear_logprobs`] reads.
 ///
@@ -47,22 +51,24 @@ pub struct LinearLogprobs {
 }
 
 /// `log softmax((hidden · weightᵀ + bias) / temperature)[id]` for every token, and the entropy of
-/// that softmax, in chunks of tokens. A soft cap bounds the logits before the temperature divides
-/// them.
+/// that softmax, in blocks of the vocabulary. A soft cap bounds the logits before the temperature
+/// divides them.
 ///
-/// It never holds the `[M, V]` logits, nor gradients of that size: forward keeps a number for each
-/// token, and backward computes the logits of a chunk again, turns them into their gradient in
-/// place, and adds the products that the inputs are owed. That is one more matrix product than the
-/// plain computation has, and none of its passes over `[M, V]` in memory; where each token's loss
-/// depends on that token alone, [`linear_token_loss`] does without it. If the output layer is
-/// frozen, has no cap, and no entropy is asked for, forward makes the hidden states' gradients instead and
-/// nothing is computed twice.
+/// Beside what it returns it has no memory for the `[M, V]` logits, nor for gradients of that size: a softmax
+/// that goes on from block to block, as that of online normalizer calculation (Milakov and Gimelshein
+/// 2018), leaves forward with two numbers a token. Backward makes the gradient of the weight block by
+/// block, where forward left as many logits as find room there: with no more tokens than the hidden
+/// states are wide (`M ≤ H`) all of them, so that nothing is computed twice; of more tokens a share of
+/// `H / M`, and the others are computed again, at most one more matrix product than the plain
+/// computation has. That room, the size of the weight, is taken from forward on.
+/// Where each token's loss depends on that token alone, [`linear_token_loss`] computes nothing twice
+/// for any number of tokens. If the output layer is frozen, has no cap, and no entropy is asked for,
+/// forward makes the hidden states' gradients instead.
 ///
-/// Softmax, sums and log-probabilities are f32 whatever the kind of the weights; the gradient of a
-/// 16-bit output layer is summed over chunks in f32.
+/// Softmax, sums and log-probabilities are f32 whatever the kind of the weights.
 ///
-/// `chunk_rows` is how many tokens' logits exist at a time; `None` for an eighth of the tokens, at
-/// least 64, and at most 64 MiB of f32 logits.
+/// `chunk_rows` bounds a block: it has as many logits as that many tokens. `None` is a sixteenth of
+/// all, at least 2²⁰ and at most 2²⁴, which are 64 MiB of f32. Small blocks are slow.
 ///
 /// # Errors
 /// [`Error::Core`] for shapes or kinds that do not belong together, a temperature or soft cap that
@@ -102,13 +108,9 @@ pub fn linear_logprobs(
     let trainable_head =
         input.weight.requires_grad() || input.bias.is_some_and(Tensor::requires_grad);
     let recorded = grad_enabled() && (input.hidden.requires_grad() || trainable_head);
-    // The gradient through a cap is made where the logits are computed again.
-    let later = trainable_head || options.entropy || input.softcap.is_some();
-    let gradient = match (recorded, later) {
-        (false, _) => Gradient::None,
-        (true, true) => Gradient::Later,
-        (true, false) => Gradient::Ahead,
-    };
+    // The gradient through a cap is made where the logits are.
+    let ahead = recorded && !trainable_head && !options.entropy && input.softcap.is_none();
+    let has_room = recorded && input.weight.requires_grad();
 
     let mut inputs = vec![input.hidden, input.weight];
     inputs.extend(input.bias);
@@ -117,20 +119,121 @@ pub fn linear_logprobs(
             hidden: &inputs[0],
             weight: &inputs[1],
             bias: inputs.get(2),
+            ids: input.ids,
         };
-        let scores = layer.forward(operands, options.entropy, gradient)?;
+        let mut room = None;
+        let (scores, directions) = if ahead {
+            let (scores, directions) = layer.scores_and_directions(operands)?;
+            (scores, Some(directions))
+        } else {
+            if has_room {
+                room = Some(Tensor::f_empty_like(operands.weight)?.f_contiguous()?);
+            }
+            let cache = room
+                .as_ref()
+                .map(|room| Cache::new(room, layer.blocks))
+                .transpose()?;
+            let mut buffers = Buffers::new(layer.blocks, operands);
+            let entropy = options.entropy;
+            let scores = layer.scores(operands, entropy, cache.as_ref(), &mut buffers)?;
+            (scores, None)
+        };
         let mut outputs = vec![scores.logprobs.shallow_clone()];
         outputs.extend(scores.entropy.as_ref().map(Tensor::shallow_clone));
-        let kept = Kept::new(layer, operands, scores)?;
-        Ok::<_, Error>((outputs, move |grads: &[Option<Tensor>], needed: &[bool]| {
-            kept.backward(grads, needed)
-        }))
+        let kept = match (recorded, directions) {
+            (false, _) => None,
+            (true, Some(directions)) => Some(Kept::Directions(directions)),
+            (true, None) => Some(Kept::Operands(Box::new(KeptOperands {
+                layer,
+                scores,
+                hidden: Saved::new(operands.hidden)?,
+                weight: Saved::new(operands.weight)?,
+                bias: operands.bias.map(Saved::new).transpose()?,
+                ids: Saved::new(operands.ids)?,
+                room: Mutex::new(room),
+            }))),
+        };
+        let backward = move |grads: &[Option<Tensor>], needed: &[bool]| -> Result<_> {
+            match &kept {
+                Some(Kept::Directions(directions)) => ahead_of_time(directions, grads, needed),
+                Some(Kept::Operands(kept)) => kept.backward(grads, needed),
+                None => Ok(needed.iter().map(|_| None).collect()),
+            }
+        };
+        Ok::<_, Error>((outputs, backward))
     })?;
     let entropy = options.entropy.then(|| outputs.remove(1));
     Ok(LinearLogprobs {
         logprobs: outputs.remove(0),
         entropy,
     })
+}
+
+/// What backward needs.
+enum Kept {
+    /// `∂ logprob / ∂ hidden`
+    Directions(Tensor),
+    Operands(Box<KeptOperands>),
+}
+
+struct KeptOperands {
+    layer: OutputLayer,
+    scores: Scores,
+    hidden: Saved,
+    weight: Saved,
+    bias: Option<Saved>,
+    ids: Saved,
+    /// Memory for the weight's gradient, and in it the first logits. The first backward takes it; one
+    /// more has to compute them again.
+    room: Mutex<Option<Tensor>>,
+}
+
+impl KeptOperands {
+    /// Gradients of hidden states, weight and bias from those of log-probabilities and entropies.
+    fn backward(&self, grads: &[Option<Tensor>], needed: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        let operands = Operands {
+            hidden: self.hidden.get()?,
+            weight: self.weight.get()?,
+            bias: self.bias.as_ref().map(Saved::get).transpose()?,
+            ids: self.ids.get()?,
+        };
+        let grad = |i: usize| grads.get(i).and_then(Option::as_ref);
+        let score_grads = ScoreGrads::new(&self.layer, &self.scores, grad(0), grad(1))?;
+        let coefficients = score_grads.coefficients(&self.scores);
+        let mut room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
+        let room = room.take();
+        let cache = room
+            .as_ref()
+            .map(|room| Cache::new(room, self.layer.blocks))
+            .transpose()?;
+        let mut sums = Gradients::at_once(operands, needed, room)?;
+        let mut buffers = Buffers::new(self.layer.blocks, operands);
+        let target = (&mut sums, 0, None);
+        self.layer.add_gradients(
+            operands,
+            &coefficients,
+            cache.as_ref(),
+            target,
+            &mut buffers,
+        )?;
+        let mut kinds = vec![operands.hidden.kind(), operands.weight.kind()];
+        kinds.extend(operands.bias.map(Tensor::kind));
+        sums.finish(&kinds, None)
+    }
+}
+
+/// The hidden states' gradient from the direction of each token's log-probability.
+fn ahead_of_time(
+    directions: &Tensor,
+    grads: &[Option<Tensor>],
+    needed: &[bool],
+) -> Result<Vec<Option<Tensor>>> {
+    let mut result: Vec<Option<Tensor>> = needed.iter().map(|_| None).collect();
+    if let Some(Some(grad)) = grads.first() {
+        let grad = grad.f_unsqueeze(1)?.f_to_kind(directions.kind())?;
+        result[0] = Some(directions.f_mul(&grad)?);
+    }
+    Ok(result)
 }
 
 /// Checks what the caller gave.
@@ -141,18 +244,20 @@ fn output_layer(
 ) -> Result<OutputLayer> {
     options.validate()?;
     check(input)?;
-    let chunk_rows = match chunk_rows {
-        Some(0) => {
-            return Err(CoreError::config("chunk_rows", 0, "at least one is needed").into());
-        }
-        Some(rows) => rows as i64,
-        None => default_rows(input.ids.size()[0], input.weight.size()[0]),
-    };
+    if chunk_rows == Some(0) {
+        return Err(CoreError::config("chunk_rows", 0, "at least one is needed").into());
+    }
+    let (tokens, vocab) = (input.ids.size()[0], input.weight.size()[0]);
+    // Tokens outside the vocabulary are libtorch's error, and where a device does not wait for it a
+    // failed assertion there.
+    let nothing = Tensor::f_zeros([1], (Kind::Float, input.ids.device()))?;
+    let _ = nothing
+        .f_expand([vocab], false)?
+        .f_gather(0, input.ids, false)?;
     Ok(OutputLayer {
         temperature: options.temperature,
         softcap: input.softcap,
-        chunk_rows,
-        ids: input.ids.shallow_clone(),
+        blocks: Blocks::new(tokens, vocab, chunk_rows.map(|rows| rows as i64)),
     })
 }
 
@@ -192,9 +297,4 @@ fn check(input: &LinearLogprobsInput<'_>) -> Result<()> {
         });
     }
     Ok(())
-}
-
-pub(crate) fn default_rows(tokens: i64, vocab: i64) -> i64 {
-    let fitting = (CHUNK_ELEMENTS / vocab.max(1)).max(1);
-    (tokens / 8).max(MIN_ROWS).min(fitting)
 }

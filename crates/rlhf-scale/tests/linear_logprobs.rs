@@ -6,6 +6,7 @@ use rlhf_scale::{LinearLogprobs, LinearLogprobsInput, clear_grads, linear_logpro
 use tch::{Device, Kind, Tensor};
 
 const TOKENS: i64 = 37;
+/// Fewer than the tokens: some logits are computed again.
 const HIDDEN: i64 = 24;
 const VOCAB: i64 = 301;
 
@@ -19,14 +20,18 @@ struct Layer {
 
 impl Layer {
     fn new(kind: Kind) -> Self {
+        Self::of_width(HIDDEN, kind)
+    }
+
+    fn of_width(width: i64, kind: Kind) -> Self {
         tch::manual_seed(11);
         let normal = |shape: &[i64], scale: f64| {
             let values = Tensor::randn(shape, (Kind::Double, Device::Cpu)) * scale;
             values.to_kind(kind).set_requires_grad(true)
         };
         Self {
-            hidden: normal(&[TOKENS, HIDDEN], 1.5),
-            weight: normal(&[VOCAB, HIDDEN], 1.0),
+            hidden: normal(&[TOKENS, width], 1.5),
+            weight: normal(&[VOCAB, width], 24f64.sqrt() / (width as f64).sqrt()),
             bias: normal(&[VOCAB], 1.0),
             ids: Tensor::randint(VOCAB, [TOKENS], (Kind::Int64, Device::Cpu)),
             softcap: None,
@@ -130,14 +135,18 @@ fn compare(
 
 #[test]
 fn values_and_gradients_are_those_of_the_plain_computation() {
-    let mut layer = Layer::new(Kind::Float);
     // Logits reach 20 or so: the cap bends all of them.
-    for (softcap, entropy) in [
-        (None, false),
-        (None, true),
-        (Some(6.0), false),
-        (Some(6.0), true),
+    for (width, softcap, entropy) in [
+        (HIDDEN, None, false),
+        (HIDDEN, None, true),
+        (HIDDEN, Some(6.0), false),
+        (HIDDEN, Some(6.0), true),
+        // As many logits as gradients: nothing is computed again.
+        (TOKENS, None, true),
+        (2 * TOKENS, Some(6.0), true),
+        (3, None, false),
     ] {
+        let mut layer = Layer::of_width(width, Kind::Float);
         layer.softcap = softcap;
         for (temperature, bias, chunk) in [
             (1.0, false, None),
@@ -203,6 +212,44 @@ fn without_gradients_the_scores_are_plain() {
     assert!(!scores.logprobs.requires_grad());
     let expected = plain(layer.input(false), 1.0);
     assert!(relative_error(&scores.logprobs, &expected.logprobs) < 1e-5);
+}
+
+/// The first backward takes what forward kept of the logits; the second does without.
+#[test]
+fn a_second_backward_gives_the_same() {
+    let layer = Layer::of_width(TOKENS, Kind::Float);
+    let scores = linear_logprobs(layer.input(true), &LogprobOptions::default(), Some(10)).unwrap();
+    let loss = loss(&scores, false);
+    let leaves = layer.leaves();
+    let run = |keep| Tensor::f_run_backward(&[&loss], &leaves.each_ref(), keep, false).unwrap();
+    for (first, second) in run(true).iter().zip(&run(false)) {
+        assert!(relative_error(second, first) < 1e-5);
+    }
+}
+
+/// A broken weight is seen: it does not vanish in the sum of some other block.
+#[test]
+fn what_is_not_a_number_stays_so() {
+    for entropy in [false, true] {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let layer = Layer::new(kind);
+            let broken = layer.weight.detach();
+            let _ = broken.get(20).get(3).fill_(f64::NAN);
+            let input = LinearLogprobsInput {
+                weight: &broken,
+                ..layer.input(false)
+            };
+            let options = LogprobOptions {
+                entropy,
+                ..LogprobOptions::default()
+            };
+            let scores = linear_logprobs(input, &options, Some(1)).unwrap();
+            let all = std::iter::once(scores.logprobs).chain(scores.entropy);
+            for values in all {
+                assert!(bool::try_from(values.isnan().all()).unwrap());
+            }
+        }
+    }
 }
 
 #[test]

@@ -11,7 +11,10 @@ use rlhf_scale::{
 use tch::{Device, Kind, Tensor};
 
 const TOKENS: i64 = 37;
+/// All tokens are one group, of which some logits are computed again.
 const HIDDEN: i64 = 24;
+/// So few that they are several groups.
+const NARROW: i64 = 8;
 const VOCAB: i64 = 301;
 
 struct Layer {
@@ -44,6 +47,10 @@ const CASE: Case = Case {
 
 impl Layer {
     fn new(kind: Kind) -> Self {
+        Self::of_width(HIDDEN, kind)
+    }
+
+    fn of_width(width: i64, kind: Kind) -> Self {
         // Not drawn: other tests of this process may draw at the same time.
         let values = |shape: &[i64], step: f64| {
             let count = shape.iter().product::<i64>();
@@ -52,8 +59,8 @@ impl Layer {
             values.set_requires_grad(true)
         };
         Self {
-            hidden: values(&[TOKENS, HIDDEN], 1.7) * 1.5,
-            weight: values(&[VOCAB, HIDDEN], 2.3),
+            hidden: values(&[TOKENS, width], 1.7) * 1.5,
+            weight: values(&[VOCAB, width], 2.3),
             bias: values(&[VOCAB], 0.7),
             ids: (Tensor::arange(TOKENS, (Kind::Int64, Device::Cpu)) * 53).remainder(VOCAB),
         }
@@ -152,8 +159,10 @@ fn compare(layer: &Layer, case: Case, tolerance: f64) {
         let error = relative_error(got, expected);
         assert!(error < tolerance, "{what} is off by {error} ({case:?})");
     };
-    close("loss", &got.loss, &expected);
     close("logprobs", &got.logprobs, &scores.logprobs);
+    // A sum of both signs.
+    let error = relative_error(&got.loss, &expected);
+    assert!(error < 3.0 * tolerance, "loss is off by {error} ({case:?})");
     assert_eq!(got.entropy.is_some(), case.entropy);
     if let (Some(got), Some(expected)) = (&got.entropy, &scores.entropy) {
         close("entropy", got, expected);
@@ -169,8 +178,15 @@ fn compare(layer: &Layer, case: Case, tolerance: f64) {
 
 #[test]
 fn losses_and_gradients_are_those_of_the_plain_computation() {
-    let layer = Layer::new(Kind::Float);
-    for entropy in [false, true] {
+    for (width, entropy) in [
+        (HIDDEN, false),
+        (HIDDEN, true),
+        (NARROW, false),
+        (NARROW, true),
+        // As many logits as gradients: nothing is computed again.
+        (TOKENS, false),
+    ] {
+        let layer = Layer::of_width(width, Kind::Float);
         for softcap in [None, Some(4.0)] {
             for (temperature, bias, chunk, upstream) in [
                 (1.0, false, None, 1.0),
@@ -194,8 +210,9 @@ fn losses_and_gradients_are_those_of_the_plain_computation() {
 
 #[test]
 fn what_is_frozen_gets_no_gradient() {
-    for frozen in 0..7 {
-        let layer = Layer::new(Kind::Float);
+    for frozen in 0..14 {
+        let (width, frozen) = ([HIDDEN, NARROW][frozen / 7], frozen % 7);
+        let layer = Layer::of_width(width, Kind::Float);
         for (bit, tensor) in [&layer.hidden, &layer.weight, &layer.bias]
             .iter()
             .enumerate()
@@ -211,8 +228,12 @@ fn what_is_frozen_gets_no_gradient() {
 /// same.
 #[test]
 fn sixteen_bit_layers_sum_in_f32() {
-    for (kind, tolerance) in [(Kind::BFloat16, 3e-2), (Kind::Half, 4e-3)] {
-        let layer = Layer::new(kind);
+    for (kind, width, tolerance) in [
+        (Kind::BFloat16, HIDDEN, 3e-2),
+        (Kind::BFloat16, NARROW, 3e-2),
+        (Kind::Half, HIDDEN, 4e-3),
+    ] {
+        let layer = Layer::of_width(width, kind);
         compare(&layer, CASE, tolerance);
 
         let options = LogprobOptions {
@@ -258,10 +279,10 @@ fn small_gradients_of_f16_layers_do_not_vanish() {
     }
 }
 
-/// A chunk whose tokens are all masked, say.
+/// A group whose tokens are all masked, say.
 #[test]
-fn chunks_that_add_nothing_have_no_gradient() {
-    let layer = Layer::new(Kind::Float);
+fn groups_that_add_nothing_have_no_gradient() {
+    let layer = Layer::of_width(NARROW, Kind::Float);
     let loss = linear_token_loss(
         layer.input(CASE),
         &LogprobOptions::default(),
@@ -281,6 +302,21 @@ fn chunks_that_add_nothing_have_no_gradient() {
     for (got, expected) in grads.iter().zip(&layer.take_grads()) {
         let error = relative_error(got.as_ref().unwrap(), expected.as_ref().unwrap());
         assert!(error < 1e-5, "off by {error}");
+    }
+}
+
+/// One group, whose room for the gradient is not left as it was found.
+#[test]
+fn a_loss_without_gradient_gives_zeros() {
+    let layer = Layer::new(Kind::Float);
+    let nothing = |_: &LinearLogprobs, _| -> Result<_, Error> {
+        Ok(Tensor::zeros(&[] as &[i64], (Kind::Float, Device::Cpu)))
+    };
+    let options = LogprobOptions::default();
+    let output = linear_token_loss(layer.input(CASE), &options, None, nothing).unwrap();
+    output.loss.backward();
+    for grad in layer.take_grads() {
+        assert_eq!(grad.unwrap().abs().max().double_value(&[]), 0.0);
     }
 }
 

@@ -7,7 +7,9 @@ use std::sync::{Mutex, PoisonError};
 use rlhf_core::LogprobOptions;
 use tch::{Kind, Tensor};
 
-use super::layer::{Buffers, ChunkScores, Gradients, Operands, OutputLayer, chunk_scores};
+use super::blocks::{Blocks, Buffers, Cache};
+use super::gradients::{Gradients, ScoreGrads};
+use super::layer::{Operands, OutputLayer};
 use super::{LinearLogprobs, LinearLogprobsInput, output_layer};
 use crate::ffi::autograd::grad_enabled;
 use crate::{Error, Result, custom_function};
@@ -26,20 +28,23 @@ pub struct LinearTokenLoss {
 /// A sum of losses of tokens, each a function of that token's log-probability (and entropy) alone:
 /// cross-entropy, the clipped objectives of PPO and GRPO, an entropy bonus.
 ///
-/// `loss` gets the log-probabilities of a chunk of tokens, as leaves, with the chunk's range of
-/// rows, and returns the sum of the chunk's losses as a scalar. Its gradient turns the chunk's
-/// logits into theirs at once, so hidden states, weight and bias have their gradients when forward
-/// is done, from three matrix products where [`linear_logprobs`](super::linear_logprobs) needs four
-/// and the plain computation as many with `[M, V]` tensors between them. Backward multiplies them
-/// by the gradient of the loss.
+/// `loss` gets the log-probabilities of tokens, as leaves, with their range of rows, and returns the
+/// sum of their losses as a scalar; it is called for all tokens at once or for one group of them after
+/// another. Its gradient turns the tokens' logits into theirs while they are there, so hidden states,
+/// weight and bias have their gradients when forward is done, from three matrix products for any number
+/// of tokens, as many as the plain computation has with `[M, V]` tensors between them. Backward
+/// multiplies them by the gradient of the loss.
 ///
 /// A mean over tokens is such a sum if the closure divides by the number of all tokens. A loss that
 /// combines tokens otherwise, the sequence's probability in DPO for one, is not. What else `loss`
 /// reads gets no gradient.
 ///
-/// Options, kinds, precision and `chunk_rows` are those of `linear_logprobs`. The gradient of a
-/// 16-bit layer is made from coefficients of size 1, and gets their scale in f32: what is small
-/// does not vanish, with or without loss scaling.
+/// Options, kinds and precision are those of `linear_logprobs`. Up to `2 H` tokens of a f32 or bf16
+/// layer are one group, whose logits are, as there, where the gradient of the weight will be, and the
+/// rest computed again. Of more tokens, and of f16, groups have `chunk_rows` tokens; `None` for an eighth of
+/// all, at least 64, and at most 64 MiB of f32 logits. The shares of 16-bit groups are made from
+/// coefficients of size 1, and get their scale in f32, where they are summed: what is small does not
+/// vanish, with or without loss scaling.
 ///
 /// # Errors
 /// Those of `linear_logprobs` and of `loss`. Backward runs once.
@@ -95,16 +100,14 @@ where
             hidden: &inputs[0],
             weight: &inputs[1],
             bias: inputs.get(2),
+            ids: input.ids,
         };
-        let mut pass = Pass::new(&layer, operands, options.entropy, &needed)?;
-        for (start, rows) in layer.chunks() {
-            pass.chunk(start, rows, &mut loss)?;
-        }
+        let mut pass = Pass::new(operands, options.entropy, &needed)?;
+        let sums = pass.run(&layer, chunk_rows, &needed, &mut loss)?;
         let Pass {
             total,
             logprobs,
             entropy,
-            sums,
             ..
         } = pass;
         scores = Some((logprobs, entropy));
@@ -115,7 +118,7 @@ where
             let (Some(sums), Some(Some(grad))) = (sums, grads.first()) else {
                 return Err(Error::SecondBackward.into());
             };
-            Ok(sums.scaled(grad, &kinds)?)
+            Ok(sums.finish(&kinds, Some(grad))?)
         };
         Ok((vec![total], backward))
     })?;
@@ -130,58 +133,120 @@ where
     })
 }
 
-/// Forward of one chunk after another.
+/// Whether all tokens are one group: the logits that find no room are computed again, which is no
+/// more work than summing the shares of small groups. The range of f16 is too small for a gradient
+/// that gets its scale at the end.
+pub(crate) fn at_once(tokens: i64, hidden: i64, kind: Kind) -> bool {
+    kind != Kind::Half && tokens <= 2 * hidden
+}
+
+/// Tokens of a group where there are several.
+pub(crate) fn rows_at_once(tokens: i64, vocab: i64, chunk_rows: Option<i64>) -> i64 {
+    /// 64 MiB of f32.
+    const ELEMENTS: i64 = 1 << 24;
+    let fitting = (ELEMENTS / vocab.max(1)).max(1);
+    chunk_rows.unwrap_or_else(|| (tokens / 8).max(64).min(fitting))
+}
+
+/// Forward of one group of tokens after another.
 struct Pass<'a> {
-    layer: &'a OutputLayer,
     operands: Operands<'a>,
-    buffers: Buffers,
-    sums: Gradients,
     with_gradient: bool,
+    with_entropy: bool,
     total: Tensor,
     logprobs: Tensor,
     entropy: Option<Tensor>,
 }
 
 impl<'a> Pass<'a> {
-    fn new(
-        layer: &'a OutputLayer,
-        operands: Operands<'a>,
-        with_entropy: bool,
-        needed: &[bool],
-    ) -> Result<Self> {
+    fn new(operands: Operands<'a>, with_entropy: bool, needed: &[bool]) -> Result<Self> {
         let f32s = (Kind::Float, operands.hidden.device());
-        let tokens = layer.ids.size()[0];
-        let column = || Tensor::f_empty([tokens], f32s);
+        let column = || Tensor::f_empty(operands.ids.size(), f32s);
         Ok(Self {
-            layer,
             operands,
-            buffers: Buffers::new(layer, operands, with_entropy)?,
-            sums: Gradients::new(operands, needed, Kind::Float)?,
             with_gradient: needed.contains(&true),
+            with_entropy,
             total: Tensor::f_zeros(&[] as &[i64], f32s)?,
             logprobs: column()?,
-            entropy: if with_entropy { Some(column()?) } else { None },
+            entropy: with_entropy.then(column).transpose()?,
         })
     }
 
-    fn chunk<F, E>(&mut self, start: i64, rows: i64, loss: &mut F) -> Result<(), E>
+    fn run<F, E>(
+        &mut self,
+        layer: &OutputLayer,
+        chunk_rows: Option<usize>,
+        needed: &[bool],
+        loss: &mut F,
+    ) -> Result<Gradients, E>
     where
         F: FnMut(&LinearLogprobs, Range<i64>) -> Result<Tensor, E>,
         E: From<Error> + Display,
     {
-        let scores = chunk_scores(
-            self.layer,
-            self.operands,
-            &mut self.buffers,
-            (start, rows),
-            self.with_gradient,
-        )?;
+        let operands = self.operands;
+        let (tokens, kind) = (operands.ids.size()[0], operands.weight.kind());
+        let (vocab, hidden) = (operands.weight.size()[0], operands.weight.size()[1]);
+        let mut buffers = Buffers::new(layer.blocks, operands);
+        let one_group = needed[1] && at_once(tokens, hidden, kind);
+        if one_group || !self.with_gradient {
+            let room = one_group
+                .then(|| operands.weight.f_empty_like()?.f_contiguous())
+                .transpose()
+                .map_err(Error::from)?;
+            let cache = room.as_ref().map(|room| Cache::new(room, layer.blocks));
+            let cache = cache.transpose()?;
+            let mut sums = Gradients::at_once(operands, needed, room)?;
+            let group = (operands, 0, cache.as_ref());
+            self.group(layer, group, (&mut sums, false), &mut buffers, loss)?;
+            return Ok(sums);
+        }
+        let mut sums = Gradients::summed(operands, needed)?;
+        let step = rows_at_once(tokens, vocab, chunk_rows.map(|rows| rows as i64)).min(tokens);
+        let logits = Tensor::f_empty([step * vocab], (kind, operands.weight.device()));
+        let logits = logits.map_err(Error::from)?;
+        let mut start = 0;
+        while start < tokens {
+            let rows = step.min(tokens - start);
+            let rows_of = |tensor: &Tensor| tensor.f_narrow(0, start, rows).map_err(Error::from);
+            let (hidden, ids) = (rows_of(operands.hidden)?, rows_of(operands.ids)?);
+            let part = Operands {
+                hidden: &hidden,
+                ids: &ids,
+                ..operands
+            };
+            let layer = OutputLayer {
+                blocks: Blocks::new(rows, vocab, None),
+                ..*layer
+            };
+            buffers.set_blocks(layer.blocks);
+            let room = logits.f_narrow(0, 0, rows * vocab).map_err(Error::from)?;
+            let cache = Cache::new(&room, layer.blocks)?;
+            let group = (part, start, Some(&cache));
+            self.group(&layer, group, (&mut sums, true), &mut buffers, loss)?;
+            start += rows;
+        }
+        Ok(sums)
+    }
+
+    /// Scores a group of tokens, which begins at row `start`, and adds its gradients. Is it one of
+    /// several and of 16 bits, they are made from coefficients of size 1.
+    fn group<F, E>(
+        &mut self,
+        layer: &OutputLayer,
+        (operands, start, cache): (Operands<'_>, i64, Option<&Cache>),
+        (sums, is_share): (&mut Gradients, bool),
+        buffers: &mut Buffers,
+        loss: &mut F,
+    ) -> Result<(), E>
+    where
+        F: FnMut(&LinearLogprobs, Range<i64>) -> Result<Tensor, E>,
+        E: From<Error> + Display,
+    {
+        let rows = operands.ids.size()[0];
+        let scores = layer.scores(operands, self.with_entropy, cache, buffers)?;
         let leaves = LinearLogprobs {
-            logprobs: scores.logprobs.f_squeeze_dim(1).map_err(Error::from)?,
-            entropy: match &scores.entropy {
-                Some(entropy) => Some(entropy.f_squeeze_dim(1).map_err(Error::from)?),
-                None => None,
-            },
+            logprobs: scores.logprobs.shallow_clone(),
+            entropy: scores.entropy.as_ref().map(Tensor::shallow_clone),
         };
         let with_gradient = self.with_gradient;
         for leaf in std::iter::once(&leaves.logprobs).chain(&leaves.entropy) {
@@ -192,21 +257,27 @@ impl<'a> Pass<'a> {
             false => loss(&leaves, start..start + rows)?,
         };
         self.note(&leaves, &value, start, rows)?;
-        if with_gradient && value.requires_grad() {
+        if !with_gradient {
+            return Ok(());
+        }
+        let mut grads = Vec::new();
+        if value.requires_grad() {
             // Nothing else that the closure reads gets a gradient.
             let wanted: Vec<&Tensor> = std::iter::once(&leaves.logprobs)
                 .chain(&leaves.entropy)
                 .collect();
-            let mut grads = Tensor::f_run_backward(&[&value], &wanted, false, false)
-                .map_err(Error::from)?
-                .into_iter()
-                .map(|grad| grad.defined().then_some(grad));
-            let grads = (grads.next().flatten(), grads.next().flatten());
-            self.add_gradients(scores, grads, start, rows)?;
-        } else if let Some(hidden) = &self.sums.hidden {
-            let mut hidden = hidden.f_narrow(0, start, rows).map_err(Error::from)?;
-            let _ = hidden.f_zero_().map_err(Error::from)?;
+            let values = [&value];
+            grads = Tensor::f_run_backward(&values, &wanted, false, false).map_err(Error::from)?;
+        } else if is_share {
+            return Ok(());
         }
+        let grad = |i: usize| grads.get(i).filter(|grad: &&Tensor| grad.defined());
+        let mut grads = ScoreGrads::new(layer, &scores, grad(0), grad(1))?;
+        let is_scaled = is_share && operands.weight.kind() != Kind::Float;
+        let scale = is_scaled.then(|| grads.normalize()).transpose()?;
+        let target = (sums, start, scale.as_ref());
+        let coefficients = grads.coefficients(&scores);
+        layer.add_gradients(operands, &coefficients, cache, target, buffers)?;
         Ok(())
     }
 
@@ -227,37 +298,5 @@ impl<'a> Pass<'a> {
             copy(all, chunk)?;
         }
         Ok(())
-    }
-
-    fn add_gradients(
-        &mut self,
-        scores: ChunkScores,
-        (logprobs, entropy): (Option<Tensor>, Option<Tensor>),
-        start: i64,
-        rows: i64,
-    ) -> Result<()> {
-        let column = |grad: Option<Tensor>| -> Result<Tensor> {
-            match grad {
-                Some(grad) => Ok(grad.f_unsqueeze(1)?),
-                None => Ok(scores.sums.f_zeros_like()?),
-            }
-        };
-        let (mut logprobs, has_entropy) = (column(logprobs)?, entropy.is_some());
-        let mut entropy = column(entropy)?;
-        let mut scale = None;
-        if self.operands.weight.kind() != Kind::Float {
-            let largest = logprobs.f_abs()?.f_max()?;
-            let largest = largest.f_maximum(&entropy.f_abs()?.f_max()?)?;
-            // All of them 0: so they stay.
-            let largest = largest.f_clamp_min(f64::from(f32::MIN_POSITIVE))?;
-            logprobs = logprobs.f_div(&largest)?;
-            entropy = entropy.f_div(&largest)?;
-            scale = Some(largest);
-        }
-        let ids = self.layer.ids.f_narrow(0, start, rows)?.f_unsqueeze(1)?;
-        let entropy = has_entropy.then_some(entropy);
-        let grad = scores.into_grad_logits(&ids, self.layer.temperature, &logprobs, entropy)?;
-        self.sums
-            .add_scaled(self.operands, &grad, scale.as_ref(), start, rows)
     }
 }

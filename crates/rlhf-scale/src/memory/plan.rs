@@ -9,8 +9,8 @@ use crate::{Error, Result};
 /// The bytes that a training step is predicted to need: what there is of each kind, and the peak of
 /// each phase with everything that is alive in it.
 ///
-/// It counts tensors. What a process has beside (libtorch's code, the buffers of its kernels, the
-/// tokens) is some tens to hundreds of MiB, whatever the model.
+/// It counts tensors, and kernels that are compiled for them. What a process has beside (libtorch's
+/// code, the buffers of its kernels, the tokens) is some tens to hundreds of MiB, whatever the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct MemoryPlan {
     /// Weights, frozen ones included.
@@ -21,6 +21,8 @@ pub struct MemoryPlan {
     pub averages: u64,
     /// What else stays: other models, as the caller stated.
     pub others: u64,
+    /// Compiled kernels that stay: oneDNN's for products of 16 bits on a processor.
+    pub kernels: u64,
     /// One gradient for every trainable weight, f32 where they are summed.
     pub gradients: u64,
     /// Activations that are kept between forward and backward.
@@ -46,9 +48,9 @@ impl MemoryPlan {
         phases.into_iter().max().unwrap_or(0)
     }
 
-    /// What stays from step to step: weights, optimiser, averages and the caller's own.
+    /// What stays from step to step: weights, optimiser, averages, kernels and the caller's own.
     pub fn resident(&self) -> u64 {
-        self.weights + self.optimizer + self.averages + self.others
+        self.weights + self.optimizer + self.averages + self.others + self.kernels
     }
 
     /// Fails if the peak does not fit `budget` bytes.
@@ -74,6 +76,7 @@ impl fmt::Display for MemoryPlan {
             ("optimizer", self.optimizer),
             ("averages", self.averages),
             ("others", self.others),
+            ("kernels", self.kernels),
             ("gradients", self.gradients),
             ("activations", self.activations),
             ("logits", self.logits),

@@ -1,0 +1,125 @@
+//! What scoring tokens takes.
+
+use tch::Kind;
+
+use crate::ffi::softmax;
+use crate::linear_logprobs::{Blocks, at_once, rows_at_once};
+use crate::{HeadMemory, Precision};
+
+/// The head of a language model that is scored by [`linear_logprobs`](crate::linear_logprobs()) or
+/// by [`linear_token_loss`](crate::linear_token_loss()), on this machine's processor. Elsewhere
+/// there may be a block or two of f32 logits more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LogprobsMemory {
+    /// The format of hidden states and weight; the hidden states need gradients.
+    pub precision: Precision,
+    /// Tokens that are scored, `M`.
+    pub tokens: u64,
+    /// `H`
+    pub hidden: u64,
+    /// `V`
+    pub vocab: u64,
+    /// Whether entropies are asked for.
+    pub entropy: bool,
+    /// Whether logits are capped.
+    pub softcap: bool,
+    /// Whether the weight needs no gradient.
+    pub frozen: bool,
+    /// Whether gradients are made in forward, by `linear_token_loss`.
+    pub token_loss: bool,
+    /// Bounds the logits that are there at once, as that many tokens'; `None` for the default.
+    pub chunk_rows: Option<usize>,
+}
+
+impl LogprobsMemory {
+    /// The head alone, without the norm before it.
+    pub fn head(&self) -> HeadMemory {
+        let bytes = self.bytes();
+        let (hidden, weight) = (self.tokens * self.hidden, self.vocab * self.hidden);
+        let blocks = self.blocks(self.tokens, self.chunk_rows);
+        let (work, slope) = self.work(blocks);
+        // The sum over blocks, of 16 bits also a block's share and the gradient that is returned.
+        let hidden_grads = 4 * hidden + if bytes < 4 { 2 * bytes * hidden } else { 0 };
+        let gradient = if self.frozen { 0 } else { bytes * weight };
+        if self.token_loss {
+            return self.token_loss_head(gradient);
+        }
+        if self.frozen && !self.entropy && !self.softcap {
+            // Forward makes the hidden states' gradients, with the weights of the tokens beside.
+            return HeadMemory {
+                kept: bytes * hidden,
+                forward: work + (4 + 2 * bytes) * hidden,
+                backward: bytes * hidden,
+                ..HeadMemory::default()
+            };
+        }
+        HeadMemory {
+            // Three numbers a token, and the room of the gradient, which has logits until then.
+            kept: bytes * hidden + 12 * self.tokens + gradient,
+            forward: work,
+            backward: work + slope + hidden_grads,
+            gradient,
+            ..HeadMemory::default()
+        }
+    }
+
+    fn token_loss_head(&self, gradient: u64) -> HeadMemory {
+        let bytes = self.bytes();
+        let (hidden, weight) = (self.tokens * self.hidden, self.vocab * self.hidden);
+        let returned = if bytes < 4 { bytes * hidden } else { 0 };
+        let one_group = at_once(self.tokens as i64, self.hidden as i64, self.kind());
+        if one_group && !self.frozen {
+            let (work, slope) = self.work(self.blocks(self.tokens, self.chunk_rows));
+            return HeadMemory {
+                kept: gradient + 4 * hidden,
+                forward: work + slope + bytes * hidden + returned,
+                backward: returned,
+                gradient,
+                ..HeadMemory::default()
+            };
+        }
+        let chunk_rows = self.chunk_rows.map(|rows| rows as i64);
+        let rows = rows_at_once(self.tokens as i64, self.vocab as i64, chunk_rows) as u64;
+        let rows = rows.min(self.tokens);
+        let blocks = self.blocks(rows, None);
+        let (work, slope) = self.work(blocks);
+        let sums = if self.frozen { 0 } else { 4 * weight };
+        // Of 16 bits a block's share is scaled in f32.
+        let share = match bytes {
+            4 => 0,
+            _ => (bytes + 8) * (blocks.width() as u64).max(rows) * self.hidden,
+        };
+        HeadMemory {
+            kept: sums + 4 * hidden,
+            forward: bytes * (rows * self.vocab + hidden) + work + slope + share,
+            backward: returned + if bytes < 4 { gradient } else { 0 },
+            gradient,
+            ..HeadMemory::default()
+        }
+    }
+
+    fn blocks(&self, tokens: u64, chunk_rows: Option<usize>) -> Blocks {
+        let chunk_rows = chunk_rows.map(|rows| rows as i64);
+        Blocks::new(tokens as i64, self.vocab as i64, chunk_rows)
+    }
+
+    /// Bytes of the buffers of a block, and of a cap's slope.
+    fn work(&self, blocks: Blocks) -> (u64, u64) {
+        let block = blocks.elements() as u64;
+        let by_parts = self.softcap || self.kind() == Kind::Half || !softmax::is_available();
+        let wide = match by_parts {
+            true => 4 * u64::from(self.bytes() < 4) + 4 * u64::from(self.entropy),
+            false => 0,
+        };
+        let slope = if self.softcap { 4 * block } else { 0 };
+        ((self.bytes() + wide) * block, slope)
+    }
+
+    fn kind(&self) -> Kind {
+        self.precision.kind()
+    }
+
+    fn bytes(&self) -> u64 {
+        self.kind().elt_size_in_bytes() as u64
+    }
+}
