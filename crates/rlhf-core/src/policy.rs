@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 use crate::logprobs::{TokenLogprobs, response_logprobs, response_logprobs_within};
 use crate::{
     Decoder, Device, Error, KeptTokens, PaddedBatch, PaddingSide, Parameters, RecomputeDecoder,
-    Result, SequenceBatch,
+    Result, SequenceBatch, check_same_shape, masked_sum,
 };
 
 /// What [`Policy::logprobs`] computes.
@@ -128,6 +128,30 @@ pub trait Policy: Parameters + Send {
     /// to do.
     fn disable_dropout(&mut self) {}
 
+    /// Negative log-likelihood of the responses, each token times its weight: `−Σ w log p`, a f32
+    /// scalar in nats. What SFT minimises, and every sum of known multiples of log-probabilities.
+    ///
+    /// The default is a sum over [`logprobs`](Self::logprobs); models override it where gradients
+    /// cost less when their factors are known in advance.
+    ///
+    /// # Shapes
+    /// `weights`: `[B, R]` f32, without gradient; 1 if absent. What they are where there is no token
+    /// does not matter.
+    ///
+    /// # Errors
+    /// Those of [`logprobs`](Self::logprobs); weights of another shape.
+    fn weighted_nll(&self, batch: &SequenceBatch, weights: Option<&Tensor>) -> Result<Tensor> {
+        let scored = self.logprobs(batch, &LogprobOptions::default())?;
+        let logprobs = match weights {
+            Some(weights) => {
+                check_same_shape(("weights", weights), ("logprobs", &scored.logprobs))?;
+                scored.logprobs.f_mul(weights)?
+            }
+            None => scored.logprobs,
+        };
+        Ok(-masked_sum(&logprobs, &scored.mask))
+    }
+
     /// A decoder for prompts and at most `max_new_tokens` tokens after each.
     ///
     /// The default computes the whole sequence again for every token; models override it with a
@@ -167,6 +191,9 @@ impl<P: Policy + ?Sized> Policy for Box<P> {
     }
     fn disable_dropout(&mut self) {
         (**self).disable_dropout();
+    }
+    fn weighted_nll(&self, batch: &SequenceBatch, weights: Option<&Tensor>) -> Result<Tensor> {
+        (**self).weighted_nll(batch, weights)
     }
     fn decoder(&self, max_new_tokens: usize) -> Result<Box<dyn Decoder + '_>> {
         (**self).decoder(max_new_tokens)

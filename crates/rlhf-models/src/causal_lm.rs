@@ -1,12 +1,15 @@
 //! Language models.
 
+use std::ops::Range;
 use std::path::Path;
 
 use rlhf_core::{
     Decoder, KeptSet, KeptTokens, LogprobOptions, PackedBatch, PaddedBatch, Parameters, Policy,
-    Segment, SequenceBatch, TokenLogprobs, check_kept,
+    Segment, SequenceBatch, TokenLogprobs, check_kept, check_same_shape,
 };
-use rlhf_scale::{GradientCheckpointing, LinearLogprobsInput, linear_logprobs};
+use rlhf_scale::{
+    GradientCheckpointing, LinearLogprobs, LinearLogprobsInput, linear_logprobs, linear_token_loss,
+};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::Head;
@@ -247,6 +250,16 @@ impl CausalLm {
         self.scores(batch, &hidden, kept, options)
     }
 
+    fn head_input<'a>(&'a self, hidden: &'a Tensor, ids: &'a Tensor) -> LinearLogprobsInput<'a> {
+        LinearLogprobsInput {
+            hidden,
+            weight: &self.model.head.weight,
+            bias: None,
+            softcap: self.model.head.softcap,
+            ids,
+        }
+    }
+
     /// Scores the responses from the hidden states that predict their tokens, `[S, H]`.
     pub(crate) fn scores(
         &self,
@@ -260,13 +273,7 @@ impl CausalLm {
         let LmHead { weight, softcap } = &self.model.head;
         let (logprobs, entropy) = match kept {
             None => {
-                let input = LinearLogprobsInput {
-                    hidden,
-                    weight,
-                    bias: None,
-                    softcap: *softcap,
-                    ids: &ids,
-                };
+                let input = self.head_input(hidden, &ids);
                 let scores = linear_logprobs(input, options, self.chunk_rows)?;
                 (scores.logprobs, scores.entropy)
             }
@@ -367,6 +374,39 @@ impl Policy for CausalLm {
         options: &LogprobOptions,
     ) -> rlhf_core::Result<TokenLogprobs> {
         self.score(batch, Some(kept), options)
+    }
+
+    fn weighted_nll(
+        &self,
+        batch: &SequenceBatch,
+        weights: Option<&Tensor>,
+    ) -> rlhf_core::Result<Tensor> {
+        let packed = self.model.checked_packed(batch)?;
+        let rows = packed.predicting_rows();
+        let hidden = self.model.hidden_states_of(&packed, rows)?;
+        let mask = batch.response_mask(self.device());
+        let ids = batch.responses(0, self.device()).masked_select(&mask);
+        let weights = match weights {
+            Some(weights) => {
+                check_same_shape(("weights", weights), ("the responses", &mask))?;
+                Some(weights.f_masked_select(&mask)?)
+            }
+            None => None,
+        };
+        let loss = |scores: &LinearLogprobs, rows: Range<i64>| -> Result<Tensor> {
+            let logprobs = &scores.logprobs;
+            let sum = match &weights {
+                Some(weights) => {
+                    let weights = weights.f_narrow(0, rows.start, rows.end - rows.start)?;
+                    logprobs.f_mul(&weights)?.f_sum(Kind::Float)?
+                }
+                None => logprobs.f_sum(Kind::Float)?,
+            };
+            Ok(sum.f_neg()?)
+        };
+        let input = self.head_input(&hidden, &ids);
+        let output = linear_token_loss(input, &LogprobOptions::default(), self.chunk_rows, loss)?;
+        Ok(output.loss)
     }
 
     fn disable_dropout(&mut self) {

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::weighted::WeightedBatch;
-use crate::{Error, Result, SftInputs, sft_loss};
+use crate::{Error, Result};
 
 /// How an [`SftTrainer`] trains.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -64,7 +64,8 @@ impl SftConfig {
     }
 }
 
-/// Trains a [`Policy`] to write the responses of a dataset ([`sft_loss`]).
+/// Trains a [`Policy`] to write the responses of a dataset ([`sft_loss`](crate::sft_loss), through
+/// [`Policy::weighted_nll`]).
 ///
 /// One [`step`](Self::step) at a time, or epochs over a dataset with [`train`](Self::train).
 #[derive(Debug)]
@@ -120,16 +121,11 @@ impl<P: Policy> SftTrainer<P> {
                 parts.push(part);
             }
         }
-        let denominator = parts.iter().map(WeightedBatch::total_weight).sum();
+        let denominator: f64 = parts.iter().map(WeightedBatch::total_weight).sum();
+        // `sft_loss`, by a model that may know how to save work when the tokens' weights are given.
         let update = self.updater.update(parts.len(), |i| -> Result<Tensor> {
-            let scored = model.logprobs(parts[i].sequences(), &LogprobOptions::default())?;
-            let weights = parts[i].weights(scored.logprobs.device());
-            let inputs = SftInputs {
-                logprobs: &scored.logprobs,
-                mask: &scored.mask,
-                weights: weights.as_ref(),
-            };
-            sft_loss(inputs, denominator)
+            let weights = parts[i].weights(model.device());
+            Ok(model.weighted_nll(parts[i].sequences(), weights.as_ref())? / denominator)
         })?;
         let mut stats = Stats::from_iter(update.metrics("sft"));
         stats.insert("sft/tokens", batch.response_tokens() as f64);
