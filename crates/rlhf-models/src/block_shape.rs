@@ -2,6 +2,7 @@
 
 use rlhf_scale::{BlockMemory, GenerationMemory, Precision};
 
+use crate::memory_plan::AdapterMemory;
 use crate::{Gemma2Config, Gpt2Config, GptNeoxConfig, ModelConfig, TransformerConfig};
 
 /// A model whose blocks are alike. Sizes count elements.
@@ -124,11 +125,16 @@ impl ModelShape {
         } else {
             self.vocab * self.hidden
         };
+        self.trunk_parameters() + head
+    }
+
+    /// Those of a model without an output layer.
+    pub(crate) fn trunk_parameters(&self) -> u64 {
         let last_norm = match self.norm {
             Norm::Layer => 2 * self.hidden,
             Norm::Rms | Norm::RmsAroundOne => self.hidden,
         };
-        self.embeddings + self.layers * self.block_parameters + last_norm + head
+        self.embeddings + self.layers * self.block_parameters + last_norm
     }
 
     /// A block on `N` tokens.
@@ -202,6 +208,41 @@ impl ModelShape {
             backward: feed_forward_backward
                 .max(attention_backward.saturating_sub(feed_forward_kept)),
             gradients: bytes * self.block_parameters,
+        }
+    }
+
+    /// A block whose weights are frozen, with adapters on its linear layers.
+    ///
+    /// Adapters need the inputs of the layers as the weights' gradients would, and their own
+    /// products `[N, r]`. RMS norms do not keep what their frozen scale multiplies. Of 16-bit models
+    /// the adapters, which are f32, are rounded, and the rounded are kept.
+    pub(crate) fn adapted(
+        &self,
+        block: BlockMemory,
+        precision: Precision,
+        (tokens, fed): (Tokens, Option<u64>),
+        adapters: AdapterMemory,
+    ) -> BlockMemory {
+        let bytes = bytes_of(precision);
+        let fed = fed.unwrap_or(tokens.count);
+        let normalised = match self.norm {
+            Norm::Layer => 0,
+            Norm::Rms => bytes,
+            Norm::RmsAroundOne => 4,
+        };
+        let first = self.hidden + when(self.head_norms, self.query + self.key);
+        let later = self.hidden + when(self.after_norms, 2 * self.hidden);
+        let unkept = normalised * (tokens.count * first + fed * later);
+        let (ranks, weights) = (adapters.ranks / self.layers, adapters.weights / self.layers);
+        let narrow = when(bytes < 4, bytes * weights);
+        BlockMemory {
+            input: block.input,
+            kept: (block.kept + bytes * tokens.count * ranks + narrow).saturating_sub(unkept),
+            // No gradient of a whole matrix.
+            backward: block
+                .backward
+                .saturating_sub(bytes * self.intermediate * self.hidden),
+            gradients: 4 * weights,
         }
     }
 

@@ -128,7 +128,9 @@ pub use layer_windows::SlidingWindow;
 pub use layers::Activation;
 pub use llama::LlamaConfig;
 pub use lora::{LoraConfig, Modules};
-pub use memory_plan::{BatchShape, GenerationShape, MemoryChange, MemoryOptions};
+pub use memory_plan::{
+    AdapterMemory, BatchShape, GenerationShape, MemoryChange, MemoryHead, MemoryOptions,
+};
 pub use mistral::MistralConfig;
 pub use qwen2::Qwen2Config;
 pub use qwen3::Qwen3Config;

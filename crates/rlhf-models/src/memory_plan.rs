@@ -1,105 +1,20 @@
 //! What training a model will need, from its config and the lengths of a batch.
 
-use rlhf_core::{Error as CoreError, Parameters, SequenceBatch};
+use std::collections::BTreeSet;
+
+use rlhf_core::Error as CoreError;
 use rlhf_scale::{
     BlockMemory, CheckpointPolicy, GenerationMemory, GradientCheckpointing, HeadMemory,
     LogprobsMemory, MemoryPlan, Precision, StepMemory,
 };
+use tch::Device;
 
 use crate::block_shape::{ModelShape, Tokens};
 use crate::{CausalLm, Error, ModelConfig, Result};
 
-/// The lengths of the sequences of a training step.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BatchShape {
-    /// Prompt and response tokens of each sequence, in order.
-    pub lengths: Vec<(usize, usize)>,
-}
+mod options;
 
-impl BatchShape {
-    /// `rows` sequences of one length.
-    pub fn uniform(rows: usize, prompt: usize, response: usize) -> Self {
-        Self {
-            lengths: vec![(prompt, response); rows],
-        }
-    }
-}
-
-impl From<&SequenceBatch> for BatchShape {
-    fn from(batch: &SequenceBatch) -> Self {
-        let lengths = batch.sequences().iter();
-        Self {
-            lengths: lengths
-                .map(|s| (s.prompt.len(), s.response.len()))
-                .collect(),
-        }
-    }
-}
-
-/// Text that the model in training generates between its steps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct GenerationShape {
-    /// Sequences decoded at once.
-    pub rows: usize,
-    /// Tokens of the longest prompt.
-    pub prompt: usize,
-    /// Most tokens of a response.
-    pub max_new_tokens: usize,
-}
-
-/// How a model is to be trained, as far as memory is concerned.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct MemoryOptions {
-    /// The format of weights and activations.
-    pub precision: Precision,
-    /// Which activations are kept.
-    pub gradient_checkpointing: GradientCheckpointing,
-    /// Sequences whose activations are there at once.
-    pub microbatch_size: usize,
-    /// Tokens whose logits are there at once; `None` for the default of `linear_logprobs`.
-    pub logprob_chunk_rows: Option<usize>,
-    /// Whether the loss needs entropies.
-    pub entropy: bool,
-    /// Whether weights are averaged ([`EmaConfig`](rlhf_scale::EmaConfig)).
-    pub averages: bool,
-    /// Weights that are trained; `None` for all.
-    pub trainable: Option<u64>,
-    /// Text generated between the steps.
-    pub generation: Option<GenerationShape>,
-    /// Bytes that stay beside: a reference policy, a reward model, a value model.
-    pub others: u64,
-}
-
-impl Default for MemoryOptions {
-    /// f32, eight sequences at once, everything kept, every weight trained, nothing beside.
-    fn default() -> Self {
-        Self {
-            precision: Precision::F32,
-            gradient_checkpointing: GradientCheckpointing::default(),
-            microbatch_size: 8,
-            logprob_chunk_rows: None,
-            entropy: false,
-            averages: false,
-            trainable: None,
-            generation: None,
-            others: 0,
-        }
-    }
-}
-
-impl MemoryOptions {
-    /// The options that a model already has: precision, checkpointing, chunks, trained weights.
-    pub fn of(model: &CausalLm) -> Self {
-        let trained = model.named_parameters();
-        Self {
-            precision: Precision::of_kind(model.kind()).unwrap_or_default(),
-            gradient_checkpointing: model.gradient_checkpointing(),
-            logprob_chunk_rows: model.logprob_chunk_rows(),
-            trainable: Some(trained.iter().map(|(_, p)| p.numel() as u64).sum()),
-            ..Self::default()
-        }
-    }
-}
+pub use options::{AdapterMemory, BatchShape, GenerationShape, MemoryHead, MemoryOptions};
 
 /// Options under which a step fits, and its plan.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -129,12 +44,15 @@ impl std::fmt::Display for MemoryChange {
 }
 
 impl ModelConfig {
-    /// Predicts the memory of a training step of this model by [`Updater`](rlhf_scale::Updater) and
-    /// [`Policy::logprobs`](rlhf_core::Policy::logprobs), without loading it.
+    /// Predicts the memory of a training step of this model by [`Updater`](rlhf_scale::Updater),
+    /// without loading it.
     ///
-    /// What is predicted are tensors. A prompt that several sequences share is counted for each; masks
-    /// of attention windows are not counted. Weights of which only some are trained (LoRA) are taken to keep
-    /// as many activations as if all were, but have gradients and optimiser state for those alone.
+    /// What is predicted are tensors, and for 16 bits on a CPU the kernels that oneDNN compiles for
+    /// every shape of product, about 0.8 MiB each; it keeps 1,024 of them unless the environment says
+    /// otherwise (`docs/scaling.md`), so that batches of ever new lengths need more of them than one
+    /// step does. A prompt that several sequences share is counted for each; masks of attention windows
+    /// are not counted. A model of which only some weights are trained, without adapters, is taken to
+    /// keep as many activations as if all were.
     ///
     /// # Errors
     /// [`InvalidConfig`](CoreError::InvalidConfig) for options that no training could have;
@@ -159,8 +77,12 @@ impl ModelConfig {
     pub fn memory_plan(&self, batch: &BatchShape, options: &MemoryOptions) -> Result<MemoryPlan> {
         options.gradient_checkpointing.validate()?;
         let microbatches = check(self, batch, options)?;
+        let kernels = kernels(microbatches.clone(), options);
         let plans = microbatches.enumerate().map(|(i, microbatch)| {
-            let step = step(self, microbatch, i > 0, options);
+            let step = StepMemory {
+                kernels,
+                ..step(self, microbatch, i > 0, options)
+            };
             step.plan(options.gradient_checkpointing.policy)
         });
         // The largest microbatch decides.
@@ -243,16 +165,7 @@ fn policies(current: CheckpointPolicy) -> Vec<CheckpointPolicy> {
     policies
 }
 
-impl CausalLm {
-    /// [`ModelConfig::memory_plan`] of this model; begin with
-    /// [`MemoryOptions::of`] it.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn memory_plan(&self, batch: &BatchShape, options: &MemoryOptions) -> Result<MemoryPlan> {
-        self.config().memory_plan(batch, options)
-    }
-
+impl ModelConfig {
     /// The plan of a step that fits `budget` bytes.
     ///
     /// # Errors
@@ -269,9 +182,33 @@ impl CausalLm {
             Ok(()) => Ok(plan),
             Err(source) => Err(Error::OverBudget {
                 source: Box::new(source),
-                changes: self.config().memory_changes(batch, options, budget)?,
+                changes: self.memory_changes(batch, options, budget)?,
             }),
         }
+    }
+}
+
+impl CausalLm {
+    /// [`ModelConfig::memory_plan`] of this model; begin with
+    /// [`MemoryOptions::of`] it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn memory_plan(&self, batch: &BatchShape, options: &MemoryOptions) -> Result<MemoryPlan> {
+        self.config().memory_plan(batch, options)
+    }
+
+    /// [`ModelConfig::check_memory`] of this model.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check_memory(
+        &self,
+        batch: &BatchShape,
+        options: &MemoryOptions,
+        budget: u64,
+    ) -> Result<MemoryPlan> {
+        self.config().check_memory(batch, options, budget)
     }
 }
 
@@ -312,6 +249,38 @@ fn check<'a>(
     Ok(batch.lengths.chunks(options.microbatch_size))
 }
 
+/// Tokens of a microbatch, and of them those that the head sees.
+fn counts(microbatch: &[(usize, usize)], head: MemoryHead) -> (u64, u64) {
+    let all = microbatch.iter().map(|&(p, r)| (p + r) as u64).sum();
+    let of_head = microbatch.iter().map(|&(_, response)| match head {
+        MemoryHead::Logprobs | MemoryHead::Likelihood => response as u64,
+        MemoryHead::Values => response as u64 + 1,
+        MemoryHead::Labels(_) => 1,
+    });
+    (all, of_head.sum())
+}
+
+/// Bytes of the kernels that oneDNN compiles, one for every shape of product, and keeps.
+fn kernels(microbatches: std::slice::Chunks<'_, (usize, usize)>, options: &MemoryOptions) -> u64 {
+    /// A kernel of bf16 on a processor with AVX-512, the average of GPT-2's and Llama's.
+    const BYTES: u64 = 4 * (1 << 20) / 5;
+    /// Two matrices of attention and two of the feed-forward layer, forward and both gradients.
+    const OF_BLOCK: u64 = 4 * 3;
+    /// All of them but the one that is done with all tokens: queries, keys and values.
+    const OF_LAST_BLOCK: u64 = 3 * 3;
+    /// Two widths of blocks of the vocabulary, or less.
+    const OF_HEAD: u64 = 2 * 3;
+    if options.precision == Precision::F32 || options.device != Device::Cpu {
+        return 0;
+    }
+    let shapes: BTreeSet<_> = microbatches
+        .map(|part| counts(part, options.head))
+        .collect();
+    let all: BTreeSet<u64> = shapes.iter().map(|shape| shape.0).collect();
+    let products = all.len() as u64 * OF_BLOCK + shapes.len() as u64 * (OF_LAST_BLOCK + OF_HEAD);
+    BYTES * products.min(1024)
+}
+
 /// The step on one microbatch, which `accumulates` if there were others before it.
 fn step(
     config: &ModelConfig,
@@ -323,51 +292,54 @@ fn step(
     let precision = options.precision;
     let bytes = precision.kind().elt_size_in_bytes() as u64;
     let tokens = Tokens::of(microbatch.iter().map(|&(p, r)| (p + r) as u64));
-    let scored: u64 = microbatch.iter().map(|&(_, r)| r as u64).sum();
-    let parameters = shape.parameters();
-    let trainable = options.trainable.unwrap_or(parameters);
+    let (_, fed) = counts(microbatch, options.head);
+    let parameters = match options.head {
+        MemoryHead::Logprobs | MemoryHead::Likelihood => shape.parameters(),
+        MemoryHead::Values => shape.trunk_parameters() + shape.hidden,
+        MemoryHead::Labels(labels) => shape.trunk_parameters() + labels as u64 * shape.hidden,
+    };
+    let trainable = match options.adapters {
+        Some(_) => 0,
+        None => options.trainable.unwrap_or(parameters),
+    };
     let share = |gradients: u64| {
         (gradients as f64 * (trainable as f64 / parameters as f64).min(1.0)) as u64
     };
     let block = |fed| {
         let block = shape.block(precision, tokens, fed);
-        BlockMemory {
-            gradients: share(block.gradients),
-            ..block
+        match options.adapters {
+            Some(adapters) => shape.adapted(block, precision, (tokens, fed), adapters),
+            None => BlockMemory {
+                gradients: share(block.gradients),
+                ..block
+            },
         }
     };
-    // The last block's feed-forward layer and what follows see the scored tokens alone.
+    // The last block's feed-forward layer and what follows see the head's tokens alone.
     let mut blocks = vec![block(None); shape.layers.saturating_sub(1) as usize];
-    blocks.push(block(Some(scored)));
-    let logprobs = LogprobsMemory {
-        precision,
-        tokens: scored,
-        hidden: shape.hidden,
-        vocab: shape.vocab,
-        entropy: options.entropy,
-        softcap: shape.logit_cap,
-        chunk_rows: options.logprob_chunk_rows,
-    }
-    .head();
-    let (norm_kept, norm_backward) = shape.last_norm(precision, scored);
+    blocks.push(block(Some(fed)));
+    let (norm_kept, norm_backward) = shape.last_norm(precision, fed);
     let head = HeadMemory {
         // The rotation is kept as long as any block is.
         norm_kept: norm_kept + shape.rotation(precision, tokens.count),
         norm_backward,
-        gradient: share(logprobs.gradient),
-        tied: shape.tied,
-        ..logprobs
+        ..head(&shape, fed, options)
     };
     StepMemory {
         precision,
         parameters,
         trainable,
+        adapters: options.adapters.map_or(0, |adapters| adapters.weights),
         embedding_gradient: share(bytes * shape.embeddings),
         blocks,
-        head,
+        head: HeadMemory {
+            gradient: share(head.gradient),
+            ..head
+        },
         accumulates,
         averages: options.averages,
         others: options.others,
+        kernels: 0,
         generation: options
             .generation
             .map_or_else(GenerationMemory::default, |g| {
@@ -378,5 +350,39 @@ fn step(
                     g.max_new_tokens as u64,
                 )
             }),
+    }
+}
+
+/// What follows the last norm.
+fn head(shape: &ModelShape, fed: u64, options: &MemoryOptions) -> HeadMemory {
+    let bytes = options.precision.kind().elt_size_in_bytes() as u64;
+    let labels = match options.head {
+        MemoryHead::Logprobs | MemoryHead::Likelihood => {
+            let logprobs = LogprobsMemory {
+                precision: options.precision,
+                tokens: fed,
+                hidden: shape.hidden,
+                vocab: shape.vocab,
+                entropy: options.entropy,
+                softcap: shape.logit_cap,
+                frozen: options.adapters.is_some(),
+                token_loss: options.head == MemoryHead::Likelihood,
+                chunk_rows: options.logprob_chunk_rows,
+            };
+            return HeadMemory {
+                tied: shape.tied && options.adapters.is_none(),
+                ..logprobs.head()
+            };
+        }
+        MemoryHead::Values => 1,
+        MemoryHead::Labels(labels) => labels as u64,
+    };
+    let hidden = bytes * fed * shape.hidden;
+    HeadMemory {
+        kept: hidden,
+        forward: (bytes + 4) * fed * labels,
+        backward: hidden,
+        gradient: bytes * labels * shape.hidden,
+        ..HeadMemory::default()
     }
 }

@@ -10,14 +10,16 @@
 mod common;
 
 use common::model_dir;
-use rlhf_core::{Error as CoreError, LogprobOptions, Parameters, Policy, Sequence, SequenceBatch};
+use rlhf_core::{
+    Error as CoreError, LogprobOptions, Parameters, Policy, Sequence, SequenceBatch, ValueModel,
+};
 use rlhf_models::{
     BatchShape, CausalLm, CheckpointPolicy, Error, Gemma2Config, GenerationShape, Gpt2Config,
-    GptNeoxConfig, LlamaConfig, LoadOptions, MemoryOptions, MistralConfig, ModelConfig,
-    Qwen2Config, Qwen3Config, TransformerConfig,
+    GptNeoxConfig, LlamaConfig, LoadOptions, LoraConfig, MemoryHead, MemoryOptions, MistralConfig,
+    ModelConfig, Qwen2Config, Qwen3Config, SequenceClassifier, TransformerConfig, ValueHeadModel,
 };
 use rlhf_scale::{EmaConfig, MemoryPlan, Precision, UpdateConfig, Updater, measure_memory};
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 const POLICIES: [CheckpointPolicy; 4] = [
     CheckpointPolicy::None,
@@ -198,6 +200,93 @@ fn the_peak_of_an_update_is_as_predicted() {
                     let bytes = measured(&mut model, &batch, &options);
                     wrong.extend(off(beside(&plan), bytes, &what));
                 }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// What an update allocates whose microbatches have the losses of `loss`.
+fn measured_by(
+    parameters: Vec<(String, Tensor)>,
+    batch: &SequenceBatch,
+    options: &MemoryOptions,
+    loss: impl Fn(&SequenceBatch) -> Tensor,
+) -> u64 {
+    let config = UpdateConfig::default().for_precision(options.precision);
+    let mut updater = Updater::new(parameters, &config).unwrap();
+    let parts = batch.split(options.microbatch_size).unwrap();
+    let (stats, memory) = measure_memory(|| {
+        updater.update::<rlhf_scale::Error>(parts.len(), |i| Ok(loss(&parts[i]) / 1000.0))
+    })
+    .unwrap();
+    stats.unwrap();
+    memory.peak
+}
+
+/// SFT, a critic, a reward model, and adapters.
+#[test]
+fn other_losses_and_adapters_are_as_predicted() {
+    let mut wrong = Vec::new();
+    for (name, config) in configs() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let model = || {
+                let model = CausalLm::new(config.clone(), 1, Device::Cpu, precision.kind());
+                model.unwrap()
+            };
+            let ways = [
+                (CheckpointPolicy::None, 8, 0),
+                (CheckpointPolicy::EveryBlock, 2, 1),
+            ];
+            for (policy, microbatch_size, ragged) in ways {
+                let batch = &batches()[ragged];
+                let with = |options: MemoryOptions| MemoryOptions {
+                    gradient_checkpointing: policy.into(),
+                    microbatch_size,
+                    ..options
+                };
+                let mut compare = |what: &str, options: &MemoryOptions, bytes: u64| {
+                    let plan = config
+                        .memory_plan(&BatchShape::from(batch), options)
+                        .unwrap();
+                    let what = format!("{what} of {name} {precision:?} {policy:?}");
+                    wrong.extend(off(beside(&plan), bytes, &what));
+                };
+
+                let mut tuned = model();
+                tuned.set_gradient_checkpointing(policy.into()).unwrap();
+                let nll = |part: &SequenceBatch| tuned.weighted_nll(part, None).unwrap();
+                let options = with(MemoryOptions {
+                    head: MemoryHead::Likelihood,
+                    ..MemoryOptions::of(&tuned)
+                });
+                let bytes = measured_by(tuned.named_parameters(), batch, &options, nll);
+                compare("likelihood", &options, bytes);
+
+                let critic = ValueHeadModel::from_causal_lm(&tuned, 1).unwrap();
+                let options = with(MemoryOptions::of_value_model(&critic));
+                let values =
+                    |part: &SequenceBatch| critic.values(part).unwrap().square().sum(Kind::Float);
+                let bytes = measured_by(critic.named_parameters(), batch, &options, values);
+                compare("values", &options, bytes);
+
+                let judge = SequenceClassifier::from_causal_lm(&tuned, 2, 1).unwrap();
+                let options = with(MemoryOptions::of_classifier(&judge));
+                let scores =
+                    |part: &SequenceBatch| judge.logits(part).unwrap().square().sum(Kind::Float);
+                let bytes = measured_by(judge.named_parameters(), batch, &options, scores);
+                compare("labels", &options, bytes);
+
+                let mut adapted = model();
+                adapted.add_adapter(&LoraConfig::default(), 1).unwrap();
+                adapted.set_gradient_checkpointing(policy.into()).unwrap();
+                let options = with(MemoryOptions::of(&adapted));
+                let logprobs = |part: &SequenceBatch| {
+                    let scores = adapted.logprobs(part, &LogprobOptions::default());
+                    scores.unwrap().logprobs.sum(Kind::Float)
+                };
+                let bytes = measured_by(adapted.named_parameters(), batch, &options, logprobs);
+                compare("adapters", &options, bytes);
             }
         }
     }

@@ -210,6 +210,15 @@ impl AdapterBuilder {
 }
 
 impl Adapters {
+    /// The sum of all ranks.
+    pub(crate) fn ranks(&self) -> u64 {
+        let ranks = self
+            .adapters
+            .values()
+            .map(|(adapter, _)| adapter.a.size()[0]);
+        ranks.sum::<i64>() as u64
+    }
+
     /// All that is trained, by name.
     pub(crate) fn weights(&self) -> &WeightMap {
         &self.weights
