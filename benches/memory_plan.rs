@@ -2,18 +2,19 @@
 //!
 //! `cargo bench --bench memory_plan` trains small GPT-2s and Llamas for two updates, each case in a
 //! process of its own, and prints the predicted peak, the growth of the process's peak resident
-//! memory (`VmHWM`, Linux), and their ratio. `-- --models gpt2 --precisions f32` and so on choose.
+//! memory (`VmHWM`, Linux), and their ratio. `-- --models gpt2 --precisions f32 --tasks values` and so
+//! on choose.
 
 #![allow(clippy::print_stdout)]
 
 use std::process::Command;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use rlhf::core::tch::{self, Device, Kind, Tensor};
-use rlhf::core::{LogprobOptions, Parameters, Policy, Sequence, SequenceBatch};
+use rlhf::core::{LogprobOptions, Parameters, Policy, Sequence, SequenceBatch, ValueModel};
 use rlhf::models::{
-    BatchShape, CausalLm, CheckpointPolicy, Gpt2Config, LlamaConfig, MemoryOptions, ModelConfig,
-    TransformerConfig,
+    BatchShape, CausalLm, CheckpointPolicy, Gpt2Config, LlamaConfig, LoraConfig, MemoryHead,
+    MemoryOptions, ModelConfig, SequenceClassifier, TransformerConfig, ValueHeadModel,
 };
 use rlhf::scale::{Precision, UpdateConfig, Updater};
 use serde::{Deserialize, Serialize};
@@ -35,6 +36,13 @@ struct Options {
         default_value = "none,every_block,square_root"
     )]
     policies: Vec<String>,
+    /// Of logprobs, likelihood, values, labels, adapters.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "logprobs,likelihood,values,labels,adapters"
+    )]
+    tasks: Vec<Task>,
     /// Threads of libtorch.
     #[arg(long, default_value_t = 1)]
     threads: i32,
@@ -46,8 +54,24 @@ struct Options {
     bench: bool,
 }
 
+/// What is trained.
+#[derive(Clone, Copy, PartialEq, Debug, ValueEnum, Serialize, Deserialize)]
+enum Task {
+    /// A language model through its log-probabilities.
+    Logprobs,
+    /// As SFT does it.
+    Likelihood,
+    /// A critic.
+    Values,
+    /// A reward model.
+    Labels,
+    /// A language model's adapters.
+    Adapters,
+}
+
 #[derive(Serialize, Deserialize)]
 struct Case {
+    task: Task,
     model: String,
     precision: Precision,
     policy: CheckpointPolicy,
@@ -65,41 +89,70 @@ fn main() -> Result<()> {
     }
     println!("8 blocks of width 256, vocabulary 8,000, 8 sequences, two updates\n");
     println!(
-        "| model | precision | checkpointing | batch | at once | predicted MiB | measured MiB | ratio |"
+        "| trained | model | precision | checkpointing | batch | at once | predicted MiB | measured MiB | ratio |"
     );
-    println!("|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|");
     let mut worst: f64 = 1.0;
-    for model in &options.models {
-        for precision in &options.precisions {
-            for policy in &options.policies {
-                for (ragged, microbatch_size) in [(false, 8), (true, 8), (true, 2)] {
-                    let case = Case {
-                        model: model.clone(),
-                        precision: serde_json::from_value(precision.as_str().into())?,
-                        policy: serde_json::from_value(policy.as_str().into())?,
-                        ragged,
-                        microbatch_size,
-                        threads: options.threads,
-                    };
-                    let (predicted, measured) = spawn(&case)?;
-                    let ratio = predicted / measured;
-                    worst = if (ratio - 1.0).abs() > (worst - 1.0).abs() {
-                        ratio
-                    } else {
-                        worst
-                    };
-                    let batch = if ragged { "ragged" } else { "even" };
-                    println!(
-                        "| {model} | {precision} | {policy} | {batch} | {microbatch_size} | {:.0} | {:.0} | {ratio:.2} |",
-                        predicted / MIB,
-                        measured / MIB
-                    );
-                }
-            }
-        }
+    for case in cases(&options)? {
+        let (predicted, measured) = spawn(&case)?;
+        let ratio = predicted / measured;
+        worst = if (ratio - 1.0).abs() > (worst - 1.0).abs() {
+            ratio
+        } else {
+            worst
+        };
+        let name = |value| -> Result<String> {
+            let name: serde_json::Value = value;
+            Ok(name.as_str().ok_or("not a name")?.to_lowercase())
+        };
+        println!(
+            "| {} | {} | {} | {} | {} | {} | {:.0} | {:.0} | {ratio:.2} |",
+            name(serde_json::to_value(case.task)?)?,
+            case.model,
+            name(serde_json::to_value(case.precision)?)?,
+            name(serde_json::to_value(case.policy)?)?,
+            if case.ragged { "ragged" } else { "even" },
+            case.microbatch_size,
+            predicted / MIB,
+            measured / MIB
+        );
     }
     println!("\nthe worst ratio: {worst:.2}");
     Ok(())
+}
+
+/// Every combination for log-probabilities; of the other tasks those without checkpoints.
+fn cases(options: &Options) -> Result<Vec<Case>> {
+    let mut cases = Vec::new();
+    for (&task, model) in options
+        .tasks
+        .iter()
+        .flat_map(|task| options.models.iter().map(move |model| (task, model)))
+    {
+        for (precision, policy) in options.precisions.iter().flat_map(|precision| {
+            options
+                .policies
+                .iter()
+                .map(move |policy| (precision, policy))
+        }) {
+            let policy: CheckpointPolicy = serde_json::from_value(policy.as_str().into())?;
+            if task != Task::Logprobs && policy != CheckpointPolicy::None {
+                continue;
+            }
+            for (ragged, microbatch_size) in [(false, 8), (true, 8), (true, 2)] {
+                cases.push(Case {
+                    task,
+                    model: model.clone(),
+                    precision: serde_json::from_value(precision.as_str().into())?,
+                    policy,
+                    ragged,
+                    microbatch_size,
+                    threads: options.threads,
+                });
+            }
+        }
+    }
+    Ok(cases)
 }
 
 const MIB: f64 = (1 << 20) as f64;
@@ -140,21 +193,105 @@ fn train(case: &Case, config: &ModelConfig, updates: u64, length: usize) -> Resu
     });
     let sequence = |n: usize| Sequence::new(vec![1; n / 2], vec![2; n - n / 2]);
     let batch = SequenceBatch::new(lengths.map(sequence).collect())?;
+    let sum = |values: Tensor| values.sum(Kind::Float);
+    match case.task {
+        Task::Logprobs | Task::Adapters => {
+            if case.task == Task::Adapters {
+                model.add_adapter(&LoraConfig::default(), 1)?;
+            }
+            let options = MemoryOptions::of(&model);
+            let scores = |part: &SequenceBatch| model.logprobs(part, &LogprobOptions::default());
+            let loss = |part: &SequenceBatch| -> Result<Tensor> { Ok(sum(scores(part)?.logprobs)) };
+            update(
+                case,
+                config,
+                (&batch, updates),
+                model.named_parameters(),
+                options,
+                loss,
+            )
+        }
+        Task::Likelihood => {
+            let options = MemoryOptions {
+                head: MemoryHead::Likelihood,
+                ..MemoryOptions::of(&model)
+            };
+            let loss = |part: &SequenceBatch| Ok(model.weighted_nll(part, None)?);
+            update(
+                case,
+                config,
+                (&batch, updates),
+                model.named_parameters(),
+                options,
+                loss,
+            )
+        }
+        Task::Values => {
+            let critic = ValueHeadModel::from_causal_lm(&model, 1)?;
+            drop(model);
+            let options = MemoryOptions::of_value_model(&critic);
+            let loss = |part: &SequenceBatch| Ok(sum(critic.values(part)?.square()));
+            update(
+                case,
+                config,
+                (&batch, updates),
+                critic.named_parameters(),
+                options,
+                loss,
+            )
+        }
+        Task::Labels => {
+            let judge = SequenceClassifier::from_causal_lm(&model, 1, 1)?;
+            drop(model);
+            let options = MemoryOptions::of_classifier(&judge);
+            let loss = |part: &SequenceBatch| Ok(sum(judge.logits(part)?.square()));
+            update(
+                case,
+                config,
+                (&batch, updates),
+                judge.named_parameters(),
+                options,
+                loss,
+            )
+        }
+    }
+}
+
+fn update(
+    case: &Case,
+    config: &ModelConfig,
+    (batch, updates): (&SequenceBatch, u64),
+    parameters: Vec<(String, Tensor)>,
+    options: MemoryOptions,
+    loss: impl Fn(&SequenceBatch) -> Result<Tensor>,
+) -> Result<u64> {
     let options = MemoryOptions {
         microbatch_size: case.microbatch_size,
-        ..MemoryOptions::of(&model)
+        ..options
     };
-    let plan = model.memory_plan(&BatchShape::from(&batch), &options)?;
-    let update = UpdateConfig::default().for_precision(case.precision);
-    let mut updater = Updater::new(model.named_parameters(), &update)?;
+    let plan = config.memory_plan(&BatchShape::from(batch), &options)?;
+    let mut updater = Updater::new(
+        parameters,
+        &UpdateConfig::default().for_precision(case.precision),
+    )?;
     let parts = batch.split(case.microbatch_size)?;
     for _ in 0..updates {
-        updater.update(parts.len(), |i| -> Result<Tensor> {
-            let scores = model.logprobs(&parts[i], &LogprobOptions::default())?;
-            Ok(scores.logprobs.sum(Kind::Float) / -1024.0)
+        updater.update(parts.len(), |i| -> Result<Tensor, Failed> {
+            Ok(loss(&parts[i]).map_err(|error| Failed(error.to_string()))? / -1024.0)
         })?;
     }
     Ok(plan.peak())
+}
+
+/// An error of a model or of the update.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Failed(String);
+
+impl From<rlhf::scale::Error> for Failed {
+    fn from(error: rlhf::scale::Error) -> Self {
+        Self(error.to_string())
+    }
 }
 
 fn config(model: &str, width: i64, layers: i64, vocab: i64) -> ModelConfig {

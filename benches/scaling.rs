@@ -7,6 +7,8 @@
 //! the plain computation, and `-- depth` shows how activations grow with the number of blocks under
 //! each policy. `-- bf16 --model DIR --pairs FILE` trains a model in f32 and in bf16. Every figure
 //! is taken in a process of its own, by turns; tables show medians and the least and the greatest.
+//! Beside the time on the clock stands the processor's; with `--threads 1` that is what a step costs on
+//! a machine that has other work, too.
 
 #![allow(clippy::print_stdout)]
 
@@ -15,17 +17,22 @@ use std::process::Command;
 use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
-use rlhf::core::LogprobOptions;
-use rlhf::core::tch::{self, Device, Kind, Tensor};
-use rlhf::scale::{
-    CheckpointPolicy, GradientCheckpointing, LinearLogprobs, LinearLogprobsInput, Precision,
-    clear_grads, linear_logprobs, linear_token_loss,
-};
+use rlhf::core::tch;
+use rlhf::scale::Precision;
 use serde::{Deserialize, Serialize};
 
+#[path = "scaling/head.rs"]
+mod head;
+#[path = "scaling/process.rs"]
+mod process;
+#[path = "scaling/stack.rs"]
+mod stack;
 #[path = "scaling/training.rs"]
 mod training;
 
+use head::{OUTPUT_LAYER, gradient_mib, logprobs_step};
+use process::{cpu_seconds, status_bytes};
+use stack::{Stack, policy, stack_step};
 use training::{Outcome, Training};
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
@@ -48,6 +55,12 @@ struct Options {
     /// Sequences of an update, for `bf16`.
     #[arg(long, default_value_t = 8)]
     batch: usize,
+    /// Contestants, for `checkpointing` and `logprobs`; all by default.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Tokens that are scored, for `logprobs`.
+    #[arg(long, default_value_t = OUTPUT_LAYER[0])]
+    tokens: i64,
     /// Processes of each kind.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
@@ -70,22 +83,14 @@ enum Task {
     Bf16,
 }
 
-/// A stack of blocks and its input.
-#[derive(Clone, Copy, Serialize, Deserialize)]
-struct Stack {
-    blocks: i64,
-    width: i64,
-    heads: i64,
-    rows: i64,
-    length: i64,
-}
-
 #[derive(Serialize, Deserialize)]
 struct Work {
     stack: Option<Stack>,
     training: Option<Training>,
     /// Of the stack: `none`, `every_block`, ...; of the log-probs: `plain`, `chunked`, `token_loss`, ...
     how: String,
+    /// Tokens that are scored.
+    tokens: i64,
     /// Bytes instead of seconds.
     memory: bool,
     threads: i32,
@@ -101,7 +106,7 @@ fn main() -> Result<()> {
             println!("{}", serde_json::to_string(&training.run()?)?);
             return Ok(());
         }
-        println!("{}", measure(&work)?);
+        println!("{}", serde_json::to_string(&measure(&work)?)?);
         return Ok(());
     }
     match options.task {
@@ -137,7 +142,10 @@ fn checkpointing(options: &Options) -> Result<()> {
 }
 
 fn logprobs(options: &Options) -> Result<()> {
-    println!("1,024 tokens, hidden size 768, vocabulary 50,000; forward and backward of a loss");
+    println!(
+        "{} tokens, hidden size 768, vocabulary 50,000; forward and backward of a loss",
+        options.tokens
+    );
     println!(
         "Peak memory beyond hidden states and weight, and of it what is beyond the gradients of"
     );
@@ -176,6 +184,7 @@ fn bf16(options: &Options) -> Result<()> {
                 stack: None,
                 training: Some(training),
                 how: String::new(),
+                tokens: 0,
                 memory: false,
                 threads: options.threads,
                 steps,
@@ -184,54 +193,61 @@ fn bf16(options: &Options) -> Result<()> {
             outcomes[i].push(outcome);
         }
     }
-    println!("| | loss before | loss after | seconds a step |\n|---|---|---|---|");
+    println!("| | loss before | loss after | seconds a step | of the processor |");
+    println!("|---|---|---|---|---|");
     for (name, outcomes) in ["f32", "bf16"].iter().zip(&outcomes) {
-        let seconds: Vec<f64> = outcomes.iter().map(|o| o.step_seconds).collect();
+        let column = |of: fn(&Outcome) -> f64| spread(&outcomes.iter().map(of).collect::<Vec<_>>());
         let (before, after) = (outcomes[0].loss_before, outcomes[0].loss);
         println!(
-            "| {name} | {before:.4} | {after:.4} | {} |",
-            spread(&seconds)
+            "| {name} | {before:.4} | {after:.4} | {} | {} |",
+            column(|o| o.step_seconds),
+            column(|o| o.cpu_seconds)
         );
     }
     let rounds = || outcomes[0].iter().zip(&outcomes[1]);
-    let speedups: Vec<f64> = rounds()
-        .map(|(f32, bf16)| f32.step_seconds / bf16.step_seconds)
-        .collect();
+    let speedups = |of: fn(&Outcome) -> f64| -> Vec<f64> {
+        rounds().map(|(f32, bf16)| of(f32) / of(bf16)).collect()
+    };
     let (wide, narrow) = (outcomes[0][0].loss, outcomes[1][0].loss);
-    println!("\nbf16 is {} times as fast", spread(&speedups));
+    println!(
+        "\nbf16 is {} times as fast, by the processor's time {}",
+        spread(&speedups(|o| o.step_seconds)),
+        spread(&speedups(|o| o.cpu_seconds))
+    );
     println!("its loss differs by {:+.2}%", (narrow / wide - 1.0) * 100.0);
     Ok(())
 }
 
 fn compare(options: &Options, stack: Option<Stack>, contestants: &[(&str, &str)]) -> Result<()> {
-    let mut seconds = vec![Vec::new(); contestants.len()];
-    let mut bytes = vec![Vec::new(); contestants.len()];
+    let is_wanted = |how: &str| options.only.is_empty() || options.only.iter().any(|o| o == how);
+    let contestants: Vec<(&str, &str)> = contestants
+        .iter()
+        .copied()
+        .filter(|(_, how)| is_wanted(how))
+        .collect();
+    let mut figures = vec![Vec::new(); contestants.len()];
     for _ in 0..options.rounds {
         for (i, (who, how)) in contestants.iter().enumerate() {
-            seconds[i].push(figure(options, who, how, stack, false)?);
-            bytes[i].push(figure(options, who, how, stack, true)?);
+            let [seconds, cpu] = figure(options, who, how, stack, false)?;
+            let [bytes, _] = figure(options, who, how, stack, true)?;
+            figures[i].push([seconds, cpu, bytes / (1 << 20) as f64]);
         }
     }
+    let columns = ["", "seconds a step", "of the processor", "peak MiB"];
     match stack {
-        Some(_) => println!("| | seconds a step | peak MiB beyond weights and gradients |"),
-        None => println!("| | seconds a step | peak MiB | beyond gradients |"),
+        Some(_) => println!("| {} beyond weights and gradients |", columns.join(" | ")),
+        None => println!("| {} | beyond gradients |", columns.join(" | ")),
     }
-    println!(
-        "{}",
-        if stack.is_some() {
-            "|---|---|---|"
-        } else {
-            "|---|---|---|---|"
+    println!("|{}", "---|".repeat(if stack.is_some() { 4 } else { 5 }));
+    for ((who, how), figures) in contestants.iter().zip(&figures) {
+        let column = |i: usize| figures.iter().map(|f| f[i]).collect::<Vec<f64>>();
+        let mut row = vec![spread(&column(0)), spread(&column(1)), spread(&column(2))];
+        if stack.is_none() {
+            let gradients = gradient_mib(how, options.tokens);
+            let extra: Vec<f64> = column(2).iter().map(|mib| mib - gradients).collect();
+            row.push(spread(&extra));
         }
-    );
-    for (i, (who, how)) in contestants.iter().enumerate() {
-        let mib: Vec<f64> = bytes[i].iter().map(|b| b / (1 << 20) as f64).collect();
-        let extra: Vec<f64> = mib.iter().map(|m| m - gradient_mib(how)).collect();
-        let (seconds, mib) = (spread(&seconds[i]), spread(&mib));
-        match stack {
-            Some(_) => println!("| {who} {how} | {seconds} | {mib} |"),
-            None => println!("| {how} | {seconds} | {mib} | {} |", spread(&extra)),
-        }
+        println!("| {who} {how} | {} |", row.join(" | "));
     }
     Ok(())
 }
@@ -248,7 +264,7 @@ fn depth(options: &Options) -> Result<()> {
             length: 256,
         };
         let cell = |how: &str| -> Result<String> {
-            let bytes = figure(options, "ours", how, Some(stack), true)?;
+            let [bytes, _] = figure(options, "ours", how, Some(stack), true)?;
             Ok(format!("{:.0}", bytes / (1 << 20) as f64))
         };
         let (none, every) = (cell("none")?, cell("every_block")?);
@@ -257,23 +273,24 @@ fn depth(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// One figure from a fresh process.
+/// Seconds of a step, those of the processor, or bytes, from a fresh process.
 fn figure(
     options: &Options,
     who: &str,
     how: &str,
     stack: Option<Stack>,
     memory: bool,
-) -> Result<f64> {
+) -> Result<[f64; 2]> {
     let work = Work {
         stack,
         training: None,
         how: how.into(),
+        tokens: options.tokens,
         memory,
         threads: options.threads,
         steps: 3,
     };
-    Ok(spawn(options, who, &work)?.trim().parse()?)
+    Ok(serde_json::from_str(&spawn(options, who, &work)?)?)
 }
 
 /// What a fresh process prints.
@@ -286,7 +303,8 @@ fn spawn(options: &Options, who: &str, work: &Work) -> Result<String> {
                 "/benches/peers/checkpointing.py"
             );
             let mut command = Command::new(python);
-            command.args([script, &text]);
+            // Its torch has libraries of its own.
+            command.args([script, &text]).env_remove("LD_LIBRARY_PATH");
             command
         }
         _ => {
@@ -309,182 +327,28 @@ fn spawn(options: &Options, who: &str, work: &Work) -> Result<String> {
     Ok(text)
 }
 
-/// Seconds of a step, or the bytes that it needs beyond what was there before.
-fn measure(work: &Work) -> Result<f64> {
+/// Seconds of a step and of the processor, or the bytes that it needs beyond what was there before.
+fn measure(work: &Work) -> Result<[f64; 2]> {
     tch::manual_seed(1);
     let mut step: Box<dyn FnMut() -> Result<()>> = match work.stack {
         Some(stack) => stack_step(stack, policy(&work.how)?),
-        None => logprobs_step(&work.how),
+        None => logprobs_step(&work.how, work.tokens),
     };
     step()?;
     if work.memory {
         let before = status_bytes("VmRSS:")?;
         std::fs::write("/proc/self/clear_refs", "5")?;
         step()?;
-        return Ok(status_bytes("VmHWM:")? - before);
+        return Ok([status_bytes("VmHWM:")? - before, 0.0]);
     }
-    let mut seconds = Vec::new();
+    let (mut seconds, before) = (Vec::new(), cpu_seconds()?);
     for _ in 0..work.steps {
         let start = Instant::now();
         step()?;
         seconds.push(start.elapsed().as_secs_f64());
     }
-    Ok(median(&seconds))
-}
-
-fn policy(how: &str) -> Result<GradientCheckpointing> {
-    let policy: CheckpointPolicy = serde_json::from_value(how.into())?;
-    Ok(policy.into())
-}
-
-/// Forward and backward through the stack; gradients add up, so none is allocated after the first.
-fn stack_step(
-    stack: Stack,
-    checkpointing: GradientCheckpointing,
-) -> Box<dyn FnMut() -> Result<()>> {
-    let options = (Kind::Float, Device::Cpu);
-    let (d, heads) = (stack.width, stack.heads);
-    let parameter = |shape: &[i64]| (Tensor::randn(shape, options) * 0.02).set_requires_grad(true);
-    let vector = |value: f64| Tensor::full([d], value, options).set_requires_grad(true);
-    let weights: Vec<Vec<Tensor>> = (0..stack.blocks)
-        .map(|_| {
-            vec![
-                vector(1.0),
-                vector(0.0),
-                parameter(&[3 * d, d]),
-                parameter(&[d, d]),
-                vector(1.0),
-                vector(0.0),
-                parameter(&[4 * d, d]),
-                parameter(&[d, 4 * d]),
-            ]
-        })
-        .collect();
-    let input = Tensor::randn([stack.rows, stack.length, d], options);
-    Box::new(move || {
-        let blocks = weights.iter().map(|block| {
-            let w: Vec<Tensor> = block.iter().map(Tensor::shallow_clone).collect();
-            move |x: &Tensor| -> rlhf::scale::Result<Tensor> {
-                let (b, t) = (x.size()[0], x.size()[1]);
-                let qkv = x.layer_norm([d], Some(&w[0]), Some(&w[1]), 1e-5, true);
-                let qkv = qkv.f_linear(&w[2], None::<&Tensor>)?;
-                let qkv = qkv
-                    .view([b, t, 3, heads, d / heads])
-                    .permute([2, 0, 3, 1, 4]);
-                let qkv = qkv.unbind(0);
-                let attended = Tensor::f_scaled_dot_product_attention(
-                    &qkv[0],
-                    &qkv[1],
-                    &qkv[2],
-                    None::<&Tensor>,
-                    0.0,
-                    true,
-                    None,
-                    false,
-                )?;
-                let attended = attended.transpose(1, 2).reshape([b, t, d]);
-                let x = x.f_add(&attended.f_linear(&w[3], None::<&Tensor>)?)?;
-                let inner = x.layer_norm([d], Some(&w[4]), Some(&w[5]), 1e-5, true);
-                let inner = inner.f_linear(&w[6], None::<&Tensor>)?.f_gelu("none")?;
-                Ok(x.f_add(&inner.f_linear(&w[7], None::<&Tensor>)?)?)
-            }
-        });
-        let output = checkpointing.run(blocks.collect(), &input)?;
-        // In a statement of its own, so that the squares are not held during backward, as they are
-        // not in Python.
-        let loss = output.square().mean(Kind::Float);
-        loss.f_backward()?;
-        Ok(())
-    })
-}
-
-/// Tokens, hidden size, vocabulary.
-const OUTPUT_LAYER: [i64; 3] = [1024, 768, 50_000];
-
-fn output_kind(how: &str) -> Kind {
-    match how.ends_with("bf16") {
-        true => Kind::BFloat16,
-        false => Kind::Float,
-    }
-}
-
-/// What the gradients of hidden states and weight take.
-fn gradient_mib(how: &str) -> f64 {
-    let [tokens, hidden, vocab] = OUTPUT_LAYER;
-    let bytes = ((tokens + vocab) * hidden) as usize * output_kind(how).elt_size_in_bytes();
-    bytes as f64 / (1 << 20) as f64
-}
-
-fn logprobs_step(how: &str) -> Box<dyn FnMut() -> Result<()>> {
-    let [tokens, size, vocab] = OUTPUT_LAYER;
-    let kind = output_kind(how);
-    let normal = |shape: [i64; 2], scale: f64| {
-        let values = Tensor::randn(shape, (Kind::Float, Device::Cpu)) * scale;
-        values.to_kind(kind).set_requires_grad(true)
-    };
-    let (hidden, weight) = (normal([tokens, size], 1.0), normal([vocab, size], 0.05));
-    let ids = Tensor::randint(vocab, [tokens], (Kind::Int64, Device::Cpu));
-    let how = how.to_string();
-    Box::new(move || {
-        let options = LogprobOptions {
-            temperature: 1.0,
-            entropy: how.ends_with("entropy"),
-        };
-        let input = LinearLogprobsInput {
-            hidden: &hidden,
-            weight: &weight,
-            bias: None,
-            ids: &ids,
-            softcap: None,
-        };
-        let loss = if how.starts_with("token_loss") {
-            linear_token_loss(input, &options, None, |scores, _| token_loss(scores))?.loss
-        } else if how.starts_with("chunked") {
-            token_loss(&linear_logprobs(input, &options, None)?)?
-        } else {
-            token_loss(&plain_logprobs(input, options.entropy)?)?
-        };
-        loss.f_backward()?;
-        clear_grads(&[hidden.shallow_clone(), weight.shallow_clone()])?;
-        Ok(())
-    })
-}
-
-/// A function of each token, so that the gradients differ.
-fn token_loss(scores: &LinearLogprobs) -> rlhf::scale::Result<Tensor> {
-    let loss = scores.logprobs.f_tanh()?.f_sum(Kind::Float)?;
-    Ok(match &scores.entropy {
-        Some(entropy) => loss.f_add(&entropy.f_sum(Kind::Float)?.f_mul_scalar(0.01)?)?,
-        None => loss,
-    })
-}
-
-fn plain_logprobs(input: LinearLogprobsInput<'_>, entropy: bool) -> Result<LinearLogprobs> {
-    let logits = input.hidden.f_linear(input.weight, None::<&Tensor>)?;
-    let all = logits.f_log_softmax(-1, Kind::Float)?;
-    drop(logits);
-    let entropy = match entropy {
-        true => Some(
-            all.f_exp()?
-                .f_mul(&all)?
-                .f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Float)?
-                .f_neg()?,
-        ),
-        false => None,
-    };
-    Ok(LinearLogprobs {
-        logprobs: all
-            .f_gather(1, &input.ids.f_unsqueeze(1)?, false)?
-            .f_squeeze_dim(1)?,
-        entropy,
-    })
-}
-
-fn status_bytes(field: &str) -> Result<f64> {
-    let status = std::fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find(|line| line.starts_with(field));
-    let kib = line.and_then(|line| line.split_whitespace().nth(1));
-    Ok(kib.ok_or("no such field")?.parse::<f64>()? * 1024.0)
+    let cpu = (cpu_seconds()? - before) / work.steps as f64;
+    Ok([median(&seconds), cpu])
 }
 
 fn median(values: &[f64]) -> f64 {

@@ -9,6 +9,7 @@ use rlhf::scale::{AdamWConfig, Precision, UpdateConfig};
 use rlhf::sft::{SftConfig, SftTrainer};
 use serde::{Deserialize, Serialize};
 
+use crate::process::cpu_seconds;
 use crate::{Result, median};
 
 /// Pairs that are not trained on.
@@ -33,6 +34,8 @@ pub(crate) struct Outcome {
     pub(crate) loss: f64,
     /// Median of all steps but the first.
     pub(crate) step_seconds: f64,
+    /// Mean of all steps, of the processor.
+    pub(crate) cpu_seconds: f64,
 }
 
 /// A line of the file of pairs; what else it has is not of use here.
@@ -68,7 +71,7 @@ impl Training {
         let model = CausalLm::from_pretrained(&self.model, &options)?;
         let mut trainer = SftTrainer::new(model, config)?;
         let loss_before = trainer.evaluate(&held_out)?.loss;
-        let mut seconds = Vec::new();
+        let (mut seconds, cpu) = (Vec::new(), cpu_seconds()?);
         // The file's order, again from its start where it ends: both precisions see the same.
         let mut rest = data.iter().cycle();
         for _ in 0..self.steps {
@@ -78,8 +81,10 @@ impl Training {
             trainer.step(&batch)?;
             seconds.push(start.elapsed().as_secs_f64());
         }
+        let cpu_seconds = (cpu_seconds()? - cpu) / self.steps as f64;
         Ok(Outcome {
             loss_before,
+            cpu_seconds,
             loss: trainer.evaluate(&held_out)?.loss,
             step_seconds: median(if seconds.len() > 1 {
                 &seconds[1..]
