@@ -360,7 +360,7 @@ fn median(values: &[f64]) -> f64 {
 fn spread(values: &[f64]) -> String {
     let least = values.iter().copied().fold(f64::INFINITY, f64::min);
     let greatest = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let digits = if greatest < 20.0 { 2 } else { 0 };
+    let digits = if greatest < 20.0 { 2 } else { 1 };
     let median = median(values);
     format!("{median:.digits$} ({least:.digits$} to {greatest:.digits$})")
 }
