@@ -35,9 +35,12 @@ fn main() -> Result<(), &'static str> {
         .include(include.join("torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
         .files([
+            "csrc/allocator.cpp",
+            "csrc/attention.cpp",
             "csrc/autograd.cpp",
-            "csrc/kernels.cpp",
+            "csrc/linear.cpp",
             "csrc/memory.cpp",
+            "csrc/rows.cpp",
             "csrc/shim.cpp",
             "csrc/softmax.cpp",
             "csrc/stop_early.cpp",

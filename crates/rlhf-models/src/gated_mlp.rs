@@ -1,10 +1,11 @@
 //! The feed-forward layer of Llama and its relatives.
 
 use rlhf_core::Result;
+use rlhf_scale::kernels;
 use tch::Tensor;
 
 use crate::TransformerConfig;
-use crate::layers::{Activation, Layout, Linear};
+use crate::layers::{Activation, Layout, Linear, forward_all};
 use crate::weights::{Builder, Init};
 
 /// `down(activation(gate(x)) * up(x))` (Shazeer 2020, arXiv 2002.05202).
@@ -49,7 +50,15 @@ impl GatedMlp {
 
     /// `[N, H]` to `[N, H]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let gate = self.activation.forward(&self.gate.forward(x)?)?;
-        self.down.forward(&gate.f_mul(&self.up.forward(x)?)?)
+        let [gate, up] = forward_all([&self.gate, &self.up], x)?;
+        let fused = match self.activation {
+            Activation::Silu => kernels::silu_gated(&gate, &up).map_err(rlhf_core::Error::from)?,
+            _ => None,
+        };
+        let product = match fused {
+            Some(product) => product,
+            None => self.activation.forward(&gate)?.f_mul(&up)?,
+        };
+        self.down.forward(&product)
     }
 }

@@ -71,6 +71,22 @@ impl Linear {
     }
 }
 
+/// Several layers of the same input.
+pub(crate) fn forward_all<const N: usize>(layers: [&Linear; N], x: &Tensor) -> Result<[Tensor; N]> {
+    let plain = |l: &&Linear| l.layout == Layout::OutIn && l.adapter.is_none();
+    if layers.iter().all(plain) {
+        let maps = layers.map(|l| (&l.weight, l.bias.as_ref()));
+        if let Some(outputs) = kernels::linears(x, maps).map_err(rlhf_core::Error::from)? {
+            return Ok(outputs);
+        }
+    }
+    let mut outputs = layers.map(|_| Tensor::new());
+    for (output, layer) in outputs.iter_mut().zip(layers) {
+        *output = layer.forward(x)?;
+    }
+    Ok(outputs)
+}
+
 /// [`Tensor::f_linear`], by a kernel of its own where there are few rows, as in decoding.
 pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     match kernels::linear(x, weight, bias).map_err(rlhf_core::Error::from)? {

@@ -6,7 +6,7 @@ use tch::Tensor;
 use crate::TransformerConfig;
 use crate::attention::{Attention, Qkv};
 use crate::attention_spec::AttentionSpec;
-use crate::layers::{Layout, Linear, RmsNorm};
+use crate::layers::{Layout, Linear, RmsNorm, forward_all};
 use crate::rope::Rotation;
 use crate::weights::{Builder, Init};
 
@@ -100,12 +100,9 @@ impl SelfAttention {
         rotation: &Rotation,
         attention: &mut dyn Attention,
     ) -> Result<Tensor> {
-        let heads = |linear: &Linear| -> Result<Tensor> {
-            Ok(linear
-                .forward(x)?
-                .f_view([x.size()[0], -1, self.head_dim])?)
-        };
-        let (mut query, mut key) = (heads(&self.query)?, heads(&self.key)?);
+        let heads = |t: &Tensor| t.f_view([x.size()[0], -1, self.head_dim]);
+        let [query, key, value] = forward_all([&self.query, &self.key, &self.value], x)?;
+        let (mut query, mut key) = (heads(&query)?, heads(&key)?);
         if let Some((query_norm, key_norm)) = &self.norms {
             query = query_norm.forward(&query)?;
             key = key_norm.forward(&key)?;
@@ -113,7 +110,7 @@ impl SelfAttention {
         let qkv = Qkv {
             query: rotation.apply(&query)?,
             key: rotation.apply(&key)?,
-            value: heads(&self.value)?,
+            value: heads(&value)?,
         };
         self.output
             .forward(&attention.attend(layer, &qkv, &self.spec)?)

@@ -187,6 +187,7 @@ impl<H> Model<H> {
         dir: &Path,
         head: impl FnOnce(&ModelConfig, &Trunk, &mut Builder) -> H,
     ) -> Result<Self> {
+        rlhf_scale::reuse_memory().map_err(rlhf_core::Error::from)?;
         let trunk = config.build_trunk(&mut builder)?;
         let head = head(&config, &trunk, &mut builder);
         let (weights, adapters) = builder.finish(dir)?;

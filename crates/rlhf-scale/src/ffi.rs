@@ -3,6 +3,7 @@
 //! Safe wrappers are public to the crate; the invariants that C++ relies on are theirs to uphold.
 #![allow(unsafe_code)]
 
+pub(crate) mod allocator;
 pub(crate) mod autograd;
 pub mod kernels;
 pub(crate) mod memory;

@@ -64,6 +64,7 @@ pub use checkpoint::{Checkpoint, CheckpointPolicy, GradientCheckpointing, checkp
 pub use config::{AdamWConfig, DecayRule, UpdateConfig};
 pub use ema::{AppliedEma, Ema, EmaConfig};
 pub use error::{Error, Result};
+pub use ffi::allocator::{release_memory, reuse_memory};
 pub use ffi::autograd::grad_enabled;
 pub use ffi::kernels;
 pub use ffi::tensor_from_owner;

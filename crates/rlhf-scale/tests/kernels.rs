@@ -75,11 +75,84 @@ fn a_row_does_not_depend_on_how_many_there_are() {
 }
 
 #[test]
+fn products_of_the_same_rows_are_what_each_is_alone() {
+    let _guard = tch::no_grad_guard();
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let x = random(&[8, 70], 0.1, kind);
+        let weight = |outputs: i64| random(&[outputs, 70], outputs as f64, kind);
+        let (a, b, c) = (weight(2), weight(50), weight(4000));
+        let bias = random(&[50], 0.4, kind);
+        let maps = [(&a, None), (&b, Some(&bias)), (&c, None)];
+        let Some(together) = kernels::linears(&x, maps).unwrap() else {
+            assert!(!has_kernels());
+            continue;
+        };
+        for (got, (weight, bias)) in together.iter().zip(maps) {
+            let alone = kernels::linear(&x, weight, bias).unwrap().unwrap();
+            assert!(got.equal(&alone), "{kind:?} {:?}", got.size());
+        }
+    }
+}
+
+#[test]
+fn rotary_positions() {
+    let _guard = tch::no_grad_guard();
+    for kind in [Kind::Float, Kind::BFloat16] {
+        for (rows, heads, d, width) in [(1, 2, 64, 64), (5, 3, 64, 32), (70, 9, 20, 10)] {
+            let x = random(&[rows, heads, d], 0.1, kind);
+            let angles = random(&[rows, 1, width / 2], 0.2, Kind::Float);
+            let cos = Tensor::cat(&[angles.cos(), angles.cos()], 2).to_kind(kind);
+            let sin = Tensor::cat(&[-angles.sin(), angles.sin()], 2).to_kind(kind);
+            // One operation after another, in the model's kind.
+            let turning = x.narrow(2, 0, width);
+            let turned = &turning * &cos + turning.roll(width / 2, 2) * &sin;
+            let want = Tensor::cat(&[turned, x.narrow(2, width, d - width)], 2);
+            let Some(got) = kernels::rotate(&x, &cos, &sin).unwrap() else {
+                assert!(!has_kernels());
+                continue;
+            };
+            let tolerance = if kind == Kind::Float { 1e-6 } else { 0.0 };
+            let difference = (got - want).abs().max().double_value(&[]);
+            assert!(difference <= tolerance, "{kind:?} {width}: {difference}");
+        }
+    }
+    let x = random(&[2, 1, 8], 0.1, Kind::Float);
+    let other = random(&[3, 1, 8], 0.1, Kind::Float);
+    assert!(kernels::rotate(&x, &other, &other).unwrap().is_none());
+}
+
+#[test]
+fn gates() {
+    let _guard = tch::no_grad_guard();
+    for kind in [Kind::Float, Kind::BFloat16] {
+        for shape in [[1, 3], [7, 45], [40, 1536]] {
+            let (gate, up) = (random(&shape, 0.1, kind) * 20.0, random(&shape, 0.3, kind));
+            let wide = |t: &Tensor| t.to_kind(Kind::Double);
+            let want = wide(&gate).silu() * wide(&up);
+            let got = kernels::silu_gated(&gate, &up).unwrap();
+            check(&format!("{kind:?} {shape:?}"), got, &want, kind);
+        }
+    }
+    let extremes = Tensor::from_slice(&[-1e30f32, -100.0, -0.0, 0.0, 100.0, 1e30]);
+    let ones = extremes.ones_like();
+    if let Some(got) = kernels::silu_gated(&extremes, &ones).unwrap() {
+        let got = Vec::<f32>::try_from(got).unwrap();
+        assert!(got[0].abs() < 1e-4 && got[1].abs() < 1e-30, "{got:?}");
+        assert_eq!(&got[2..], [0.0, 0.0, 100.0, 1e30]);
+    }
+    let nan = Tensor::from_slice(&[f32::NAN]);
+    if let Some(got) = kernels::silu_gated(&nan, &nan).unwrap() {
+        assert!(got.double_value(&[0]).is_nan());
+    }
+    assert!(kernels::silu_gated(&nan, &ones).unwrap().is_none());
+}
+
+#[test]
 fn norms() {
     let _guard = tch::no_grad_guard();
     for kind in [Kind::Float, Kind::BFloat16] {
-        for width in [64, 50] {
-            let (x, weight) = (random(&[5, width], 0.1, kind), random(&[width], 0.2, kind));
+        for (shape, width) in [(vec![5, 64], 64), (vec![300, 50], 50), (vec![3, 2, 50], 50)] {
+            let (x, weight) = (random(&shape, 0.1, kind), random(&[width], 0.2, kind));
             let wide = x.to_kind(Kind::Double);
             let mean = wide
                 .square()

@@ -1,4 +1,5 @@
-//! Decoding on the CPU: products of few rows with large matrices, and attention to a cache.
+//! Decoding on the CPU: products of few rows with large matrices, attention to a cache, and what
+//! lies between them in single passes.
 //!
 //! libtorch's matrix products are made for many rows. With few, the time goes into fetching the
 //! weights; these kernels fetch each weight once, ahead of its use, and multiply it with all rows
@@ -6,9 +7,9 @@
 //! beside them, or made stale by an update.
 //!
 //! Each returns `None` where it does not apply and the caller does it with libtorch: while
-//! gradients are recorded, on another device or kind than f32 and bf16, for more than 32 rows, on
-//! a processor without AVX-512. A row's result depends on that row alone, bit for bit: not on how
-//! many rows there are, nor on the number of threads.
+//! gradients are recorded, on another device or kind than f32 and bf16, on a processor without
+//! AVX-512; products also for more than 32 rows. A row's result depends on that row alone, bit for
+//! bit: not on how many rows there are, nor on the number of threads.
 
 use std::ptr::null_mut;
 
@@ -18,8 +19,16 @@ use super::{Message, Raw, check, raw};
 use crate::{Error, Result};
 
 unsafe extern "C" {
-    fn rlhf_few_rows_linear(x: Raw, weight: Raw, bias: Raw, result: *mut Raw) -> Message;
-    fn rlhf_few_rows_rms_norm(x: Raw, weight: Raw, epsilon: f64, result: *mut Raw) -> Message;
+    fn rlhf_few_rows_linear(
+        x: Raw,
+        weights: *const Raw,
+        biases: *const Raw,
+        count: usize,
+        results: *mut Raw,
+    ) -> Message;
+    fn rlhf_rms_norm(x: Raw, weight: Raw, epsilon: f64, result: *mut Raw) -> Message;
+    fn rlhf_rotate(x: Raw, cos: Raw, sin: Raw, result: *mut Raw) -> Message;
+    fn rlhf_silu_gated(gate: Raw, up: Raw, result: *mut Raw) -> Message;
     fn rlhf_cached_attention(
         query: Raw,
         key: Raw,
@@ -42,23 +51,78 @@ unsafe extern "C" {
 /// # Errors
 /// libtorch's (out of memory).
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Option<Tensor>> {
-    // SAFETY: live tensors; null stands for no bias.
-    returned(|result| unsafe {
-        rlhf_few_rows_linear(raw(x), raw(weight), bias.map_or(null_mut(), raw), result)
-    })
+    let outputs = linears(x, [(weight, bias)])?;
+    Ok(outputs.map(|[output]| output))
 }
 
-/// Each row over the root of its mean square plus `epsilon`, rounded to `x`'s kind, times
-/// `weight`.
+/// Several affine maps of the same rows, [`linear`]'s results: threads start once for all.
+///
+/// # Errors
+/// libtorch's (out of memory).
+pub fn linears<const N: usize>(
+    x: &Tensor,
+    maps: [(&Tensor, Option<&Tensor>); N],
+) -> Result<Option<[Tensor; N]>> {
+    let weights = maps.map(|(weight, _)| raw(weight));
+    let biases = maps.map(|(_, bias)| bias.map_or(null_mut(), raw));
+    let mut results = [null_mut(); N];
+    // SAFETY: live tensors, as many as it is told; null stands for no bias.
+    let message = unsafe {
+        rlhf_few_rows_linear(
+            raw(x),
+            weights.as_ptr(),
+            biases.as_ptr(),
+            N,
+            results.as_mut_ptr(),
+        )
+    };
+    check(message)?;
+    if results.contains(&null_mut()) {
+        return Ok(None);
+    }
+    // SAFETY: all are set, or none.
+    Ok(Some(
+        results.map(|result| unsafe { Tensor::from_ptr(result) }),
+    ))
+}
+
+/// Each vector of the last dimension over the root of its mean square plus `epsilon`, rounded to
+/// `x`'s kind, times `weight`.
 ///
 /// # Shapes
-/// `x`: `[M, H]`; `weight`: `[H]`. Returns `[M, H]`.
+/// `x`: `[.., H]`; `weight`: `[H]`. Returns `[.., H]`.
 ///
 /// # Errors
 /// libtorch's (out of memory).
 pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Option<Tensor>> {
     // SAFETY: live tensors.
-    returned(|result| unsafe { rlhf_few_rows_rms_norm(raw(x), raw(weight), epsilon, result) })
+    returned(|result| unsafe { rlhf_rms_norm(raw(x), raw(weight), epsilon, result) })
+}
+
+/// Rotary positions: `x * cos` plus `sin` times `x` with the halves of its first `width` dimensions
+/// exchanged; the dimensions after them stay.
+///
+/// # Shapes
+/// `x`: `[N, heads, d]`; `cos`, `sin`: `[N, 1, width]`, `sin` with its first half negated. Returns
+/// `[N, heads, d]`.
+///
+/// # Errors
+/// libtorch's (out of memory).
+pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Option<Tensor>> {
+    // SAFETY: live tensors; the shim checks their sizes.
+    returned(|result| unsafe { rlhf_rotate(raw(x), raw(cos), raw(sin), result) })
+}
+
+/// `silu(gate) * up`.
+///
+/// # Shapes
+/// All of one shape.
+///
+/// # Errors
+/// libtorch's (out of memory).
+pub fn silu_gated(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
+    // SAFETY: live tensors; the shim checks their sizes.
+    returned(|result| unsafe { rlhf_silu_gated(raw(gate), raw(up), result) })
 }
 
 /// One token of every row and the cache that it looks at, for [`cached_attention`].
