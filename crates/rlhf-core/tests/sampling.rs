@@ -66,7 +66,7 @@ fn filters_agree_with_transformers() {
     let combinations = reference.case["params"]["combos"].as_object().unwrap();
     assert_eq!(combinations.len(), 10);
     for (name, operations) in combinations {
-        let filtered = config(operations).warp(reference.tensor("logits"));
+        let filtered = config(operations).warp(reference.tensor("logits")).unwrap();
         reference.check_kept(name, &filtered, &format!("{name}/kept"));
         let probabilities = filtered.softmax(-1, Kind::Float);
         reference.check(name, &probabilities, &format!("{name}/probs"), "probs_abs");
@@ -77,7 +77,7 @@ fn filters_agree_with_transformers() {
 fn tokens_that_tie_with_the_last_of_top_k_stay() {
     let reference = Reference::load();
     for k in [1, 3] {
-        let filtered = top_k(reference.tensor("ties/logits"), k);
+        let filtered = top_k(reference.tensor("ties/logits"), k).unwrap();
         reference.check_kept("ties", &filtered, &format!("ties/top_k_{k}/kept"));
         let kept = filtered.isfinite().sum(Kind::Int64).int64_value(&[]);
         assert!(kept > 2 * k as i64, "these rows have ties");
@@ -114,7 +114,7 @@ fn greedy_ignores_the_filters() {
         ..SamplingConfig::greedy()
     };
     let logits = reference.tensor("logits");
-    let drawn = config.choose(&config.warp(logits), &[]).unwrap();
+    let drawn = config.choose(&config.warp(logits).unwrap(), &[]).unwrap();
     assert!(drawn.tokens.equal(&logits.argmax(-1, false)));
     assert_eq!(drawn.logprobs.abs().max().double_value(&[]), 0.0);
 }

@@ -305,7 +305,7 @@ fn choose(rows: &mut [Row], raw: &Tensor, config: &GenerationConfig) -> Result<V
     if !too_short.is_empty() && !config.stop_token_ids.is_empty() {
         logits = ban_tokens(&logits, &too_short, &config.stop_token_ids)?;
     }
-    let warped = sampling.warp(&logits);
+    let warped = sampling.warp(&logits)?;
     let uniforms: Vec<f64> = rows.iter_mut().map(|row| row.rng.random()).collect();
     let drawn = sampling.choose(&warped, &uniforms)?;
     // Without filters the two distributions are one.
