@@ -25,7 +25,7 @@ const HEAD: &str = "v_head.summary";
 /// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/goldens/models/llama");
 ///
 /// let policy = CausalLm::from_pretrained(folder, &LoadOptions::default())?;
-/// let model = CausalLmWithValueHead::new(policy, ValueHeadInit::Zeros, 0);
+/// let model = CausalLmWithValueHead::new(policy, ValueHeadInit::Zeros, 0)?;
 /// let batch = SequenceBatch::new(vec![Sequence::new([5, 6, 7], [8, 9])])?;
 /// let (scores, values) = model.logprobs_and_values(&batch, None, &LogprobOptions::default())?;
 /// assert_eq!((scores.logprobs.size(), values.size()), (vec![1, 2], vec![1, 3]));
@@ -41,15 +41,18 @@ pub struct CausalLmWithValueHead {
 
 impl CausalLmWithValueHead {
     /// Puts a head on a language model.
-    pub fn new(lm: CausalLm, init: ValueHeadInit, seed: u64) -> Self {
+    ///
+    /// # Errors
+    /// libtorch's (out of memory).
+    pub fn new(lm: CausalLm, init: ValueHeadInit, seed: u64) -> crate::Result<Self> {
         let width = lm.config().hidden_size();
-        let weight = fresh(seed, HEAD, &[1, width], init.of_width(width));
-        let options = (Kind::Float, lm.device());
-        Self {
-            weight: weight.to_device(lm.device()).set_requires_grad(true),
-            bias: Tensor::zeros([1], options).set_requires_grad(true),
+        let weight = fresh(seed, HEAD, &[1, width], init.of_width(width))?;
+        let bias = Tensor::f_zeros([1], (Kind::Float, lm.device()))?;
+        Ok(Self {
+            weight: weight.f_to_device(lm.device())?.f_set_requires_grad(true)?,
+            bias: bias.f_set_requires_grad(true)?,
             lm,
-        }
+        })
     }
 
     /// The language model.

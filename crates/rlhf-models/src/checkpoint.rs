@@ -35,6 +35,15 @@ pub(crate) fn read_weights(dir: &Path) -> Result<WeightMap> {
     } else {
         vec![dir.join(WEIGHTS)]
     };
+    // A download that stopped half-way lacks several.
+    let missing: Vec<PathBuf> = files
+        .iter()
+        .filter(|file| !file.exists())
+        .cloned()
+        .collect();
+    if missing.len() > 1 {
+        return Err(Error::MissingShards { index, missing });
+    }
     let (mut weights, mut problems) = (WeightMap::new(), Vec::new());
     for file in files {
         read_file(&file, &mut weights, &mut problems)?;
@@ -124,7 +133,9 @@ impl Place {
     fn tensor(&self, whole: &Tensor) -> Result<Tensor> {
         let mut bytes = whole.f_narrow(0, self.offset, self.bytes)?;
         if self.offset % ALIGNMENT != 0 {
-            bytes = bytes.copy();
+            let mut copy = bytes.f_empty_like()?;
+            copy.f_copy_(&bytes)?;
+            bytes = copy;
         }
         // `data` gives the weight a version counter of its own: writing to one must not
         // invalidate what autograd has saved of another.

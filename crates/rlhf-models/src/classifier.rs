@@ -96,7 +96,7 @@ impl SequenceClassifier {
         weights.remove(config.head_name());
         let shape = [num_labels, config.hidden_size()];
         let init = Init::Normal(config.initializer_range());
-        weights.insert(SCORE.into(), fresh(seed, SCORE, &shape, init));
+        weights.insert(SCORE.into(), fresh(seed, SCORE, &shape, init)?);
         let builder = Builder::from_weights(weights, model.model.device(), model.kind());
         let mut classifier = Self::build(config, builder, num_labels)?;
         classifier.model.checkpointing = model.model.checkpointing;

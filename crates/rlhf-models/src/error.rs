@@ -79,6 +79,19 @@ pub enum Error {
         /// What it names.
         name: String,
     },
+    /// An index names files that are not there. Every one is listed.
+    #[error(
+        "{}: {} of its files are missing, download them again: {}",
+        index.display(),
+        missing.len(),
+        names(missing)
+    )]
+    MissingShards {
+        /// The index.
+        index: PathBuf,
+        /// The files.
+        missing: Vec<PathBuf>,
+    },
     /// A folder, a pipe or a device where a file should be.
     #[error("{}: not a regular file", path.display())]
     NotAFile {
@@ -398,6 +411,12 @@ impl Error {
             source,
         }
     }
+}
+
+fn names(paths: &[PathBuf]) -> String {
+    let names = paths.iter().filter_map(|path| path.file_name());
+    let names: Vec<_> = names.map(|name| name.to_string_lossy()).collect();
+    names.join(", ")
 }
 
 impl From<rlhf_scale::Error> for Error {

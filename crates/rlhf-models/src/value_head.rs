@@ -130,7 +130,7 @@ impl ValueHeadModel {
     pub fn from_causal_lm_with(model: &CausalLm, init: ValueHeadInit, seed: u64) -> Result<Self> {
         let mut weights = model.model.copied_weights()?;
         weights.remove(model.config().head_name());
-        weights.insert(SCORE.into(), fresh_score(model, init, seed));
+        weights.insert(SCORE.into(), fresh_score(model, init, seed)?);
         Self::build_like(&model.model, weights)
     }
 
@@ -144,7 +144,7 @@ impl ValueHeadModel {
         let mut weights = model.shared_trunk()?;
         weights.insert(
             SCORE.into(),
-            fresh_score(model, ValueHeadInit::InverseSqrt, seed),
+            fresh_score(model, ValueHeadInit::InverseSqrt, seed)?,
         );
         let head = |config: &ModelConfig, _: &Trunk, builder: &mut Builder| {
             HeadLayout::Score.build(config, builder)
@@ -244,7 +244,7 @@ impl ValueHeadInit {
 }
 
 /// The head that a critic begins with, `[1, H]` f32.
-fn fresh_score(model: &CausalLm, init: ValueHeadInit, seed: u64) -> Tensor {
+fn fresh_score(model: &CausalLm, init: ValueHeadInit, seed: u64) -> Result<Tensor> {
     let width = model.config().hidden_size();
     fresh(seed, SCORE, &[1, width], init.of_width(width))
 }

@@ -32,6 +32,8 @@ pub(crate) struct Builder {
     kind: Kind,
     weights: WeightMap,
     problems: Vec<WeightProblem>,
+    /// The first failure of libtorch: no memory, for one.
+    failure: Option<Error>,
     adapters: Option<AdapterBuilder>,
 }
 
@@ -75,6 +77,7 @@ impl Builder {
             kind,
             weights: WeightMap::new(),
             problems: Vec::new(),
+            failure: None,
             adapters: None,
         }
     }
@@ -84,12 +87,33 @@ impl Builder {
         self.device
     }
 
-    /// The weight of that name. Where it does not fit, the problem is noted for
+    /// The weight of that name. Where it does not fit, or cannot be made, that is noted for
     /// [`finish`](Self::finish) and a stand-in returned.
     pub(crate) fn weight(&mut self, name: &str, shape: &[i64], init: Init) -> Tensor {
+        if self.failure.is_some() {
+            return Tensor::new();
+        }
+        let tensor = match self.make(name, shape, init) {
+            Ok(Some(tensor)) => tensor,
+            Ok(None) => return Tensor::new(),
+            Err(error) => {
+                self.failure = Some(error);
+                return Tensor::new();
+            }
+        };
+        self.weights.insert(name.into(), tensor.shallow_clone());
+        match &mut self.adapters {
+            // A module that is trained whole stands in for the frozen one.
+            Some(adapters) => adapters.saved_weight(name, &tensor).unwrap_or(tensor),
+            None => tensor,
+        }
+    }
+
+    /// The weight, or nothing where it does not fit.
+    fn make(&mut self, name: &str, shape: &[i64], init: Init) -> Result<Option<Tensor>> {
         let trainable = !matches!(self.source, Source::Shared(_));
         let tensor = match &mut self.source {
-            Source::Random { seed } => fresh(*seed, name, shape, init),
+            Source::Random { seed } => fresh(*seed, name, shape, init)?,
             Source::Checkpoint(weights) | Source::Shared(weights) => match weights.remove(name) {
                 Some(tensor) if tensor.size() == shape => tensor,
                 Some(tensor) => {
@@ -98,25 +122,19 @@ impl Builder {
                         found: tensor.size(),
                         expected: shape.into(),
                     });
-                    Tensor::zeros([0], (Kind::Float, Device::Cpu))
+                    return Ok(None);
                 }
                 None => {
                     self.problems.push(WeightProblem::Missing {
                         name: name.into(),
                         shape: shape.into(),
                     });
-                    Tensor::zeros([0], (Kind::Float, Device::Cpu))
+                    return Ok(None);
                 }
             },
         };
-        let tensor = tensor.to_device(self.device).to_kind(self.kind);
-        let tensor = tensor.set_requires_grad(trainable);
-        self.weights.insert(name.into(), tensor.shallow_clone());
-        match &mut self.adapters {
-            // A module that is trained whole stands in for the frozen one.
-            Some(adapters) => adapters.saved_weight(name, &tensor).unwrap_or(tensor),
-            None => tensor,
-        }
+        let tensor = tensor.f_to_device(self.device)?.f_to_kind(self.kind)?;
+        Ok(Some(tensor.f_set_requires_grad(trainable)?))
     }
 
     /// What is added to the linear layer of that name, if anything.
@@ -132,8 +150,11 @@ impl Builder {
     /// All weights that were asked for, and the adapters beside them.
     ///
     /// # Errors
-    /// Every problem met; `dir` names the checkpoint in them.
+    /// What libtorch could not do; else every problem met, in which `dir` names the checkpoint.
     pub(crate) fn finish(mut self, dir: &Path) -> Result<(WeightMap, Option<Adapters>)> {
+        if let Some(failure) = self.failure {
+            return Err(failure);
+        }
         if let Source::Checkpoint(rest) | Source::Shared(rest) = &self.source {
             self.problems
                 .extend(rest.iter().map(|(name, tensor)| WeightProblem::Unexpected {
@@ -153,23 +174,29 @@ impl Builder {
 }
 
 /// A weight as it is before training, f32 on the CPU.
-pub(crate) fn fresh(seed: u64, name: &str, shape: &[i64], init: Init) -> Tensor {
+///
+/// # Errors
+/// No memory for it.
+pub(crate) fn fresh(seed: u64, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
     let options = (Kind::Float, Device::Cpu);
+    let filled = |value: f64| Ok(Tensor::f_full(shape, value, options)?);
+    let (mut rng, mut values) = (stream(seed, name), Vec::new());
+    let count = elements(shape).filter(|&count| values.try_reserve_exact(count + 1).is_ok());
+    let count = match init {
+        Init::Zeros => return filled(0.0),
+        Init::Ones => return filled(1.0),
+        Init::Uniform(_) | Init::Normal(_) => count.ok_or_else(|| {
+            let message = format!("not enough memory for {name} {shape:?}");
+            Error::Core(rlhf_core::Error::Tensor { message })
+        })?,
+    };
     match init {
-        Init::Zeros => Tensor::zeros(shape, options),
-        Init::Ones => Tensor::ones(shape, options),
+        Init::Zeros | Init::Ones => {}
         Init::Uniform(bound) => {
-            let mut rng = stream(seed, name);
-            let count = shape.iter().product::<i64>();
-            let values: Vec<f32> = (0..count)
-                .map(|_| ((2.0 * rng.random::<f64>() - 1.0) * bound) as f32)
-                .collect();
-            Tensor::from_slice(&values).view(shape)
+            let uniform = |_| ((2.0 * rng.random::<f64>() - 1.0) * bound) as f32;
+            values.extend((0..count).map(uniform));
         }
         Init::Normal(std) => {
-            let mut rng = stream(seed, name);
-            let count = shape.iter().product::<i64>() as usize;
-            let mut values = Vec::with_capacity(count + 1);
             while values.len() < count {
                 // Box-Muller; 1 - u lies in (0, 1], so the logarithm is finite.
                 let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt() * std;
@@ -177,9 +204,19 @@ pub(crate) fn fresh(seed: u64, name: &str, shape: &[i64], init: Init) -> Tensor 
                 values.push((radius * angle.cos()) as f32);
                 values.push((radius * angle.sin()) as f32);
             }
-            Tensor::from_slice(&values[..count]).view(shape)
         }
     }
+    let tensor = Tensor::f_empty(shape, options)?;
+    tensor
+        .f_view(-1)?
+        .f_copy_(&Tensor::f_from_slice(&values[..count])?)?;
+    Ok(tensor)
+}
+
+fn elements(shape: &[i64]) -> Option<usize> {
+    shape.iter().try_fold(1usize, |count, &size| {
+        count.checked_mul(usize::try_from(size).ok()?)
+    })
 }
 
 /// Random numbers of one weight.

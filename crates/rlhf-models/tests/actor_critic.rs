@@ -125,7 +125,7 @@ fn one_pass_gives_logprobs_and_values() {
         .iter()
         .find(|(name, _)| name == "score.weight")
         .unwrap();
-    let model = CausalLmWithValueHead::new(model("llama"), ValueHeadInit::Zeros, 0);
+    let model = CausalLmWithValueHead::new(model("llama"), ValueHeadInit::Zeros, 0).unwrap();
     let head = model.named_parameters();
     let named = |name: &str| {
         head.iter()

@@ -8,7 +8,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::model_dir;
-use rlhf_models::{CausalLm, Error, LoadOptions, SequenceClassifier};
+use rlhf_models::tch::{Device, Kind};
+use rlhf_models::{CausalLm, Error, Gpt2Config, LoadOptions, ModelConfig, SequenceClassifier};
 use serde_json::{Map, Value, json};
 
 fn load(dir: &Path) -> Result<CausalLm, Error> {
@@ -96,6 +97,27 @@ fn empty_tensors_of_huge_shapes_fit_nothing() {
     let bytes = with_header(header.to_string().as_bytes(), 0);
     std::fs::write(folder.path().join("model.safetensors"), bytes).unwrap();
     assert_refused("a huge empty tensor", folder.path());
+}
+
+/// More than a process can address, whatever the machine has.
+#[test]
+fn a_model_that_fits_no_memory_is_an_error() {
+    for (vocab_size, init) in [(1 << 28, "wte"), (1, "wpe")] {
+        let config = Gpt2Config {
+            vocab_size,
+            n_embd: 1 << 20,
+            n_positions: 1 << 28,
+            n_layer: 1,
+            n_head: 1,
+            ..Gpt2Config::default()
+        };
+        let start = Instant::now();
+        let made = CausalLm::new(ModelConfig::Gpt2(config), 0, Device::Cpu, Kind::Float);
+        let error = made.err().expect("a petabyte was allocated").to_string();
+        assert!(error.contains("not enough memory for"), "{error}");
+        assert!(error.contains(init), "{error}");
+        assert!(start.elapsed() < Duration::from_secs(60));
+    }
 }
 
 #[test]

@@ -213,3 +213,25 @@ fn shards_that_are_missing_or_hold_the_same_tensor() {
         assert!(typed, "{change}: {error}");
     }
 }
+
+/// As a download that stopped half-way leaves it.
+#[test]
+fn all_missing_shards_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = load(model_dir("llama")).unwrap();
+    model.save_pretrained_with(dir.path(), &SMALL).unwrap();
+    let mut shards = files(dir.path());
+    shards.retain(|name| name.starts_with("model-"));
+    assert!(shards.len() > 2);
+    for name in &shards[1..] {
+        std::fs::remove_file(dir.path().join(name)).unwrap();
+    }
+    let error = load(dir.path()).err().unwrap();
+    assert!(
+        matches!(&error, Error::MissingShards { missing, .. } if missing.len() == shards.len() - 1),
+        "{error}"
+    );
+    for name in &shards[1..] {
+        assert!(error.to_string().contains(name.as_str()), "{error}");
+    }
+}

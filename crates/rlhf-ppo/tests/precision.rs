@@ -67,7 +67,7 @@ fn separate(config: PpoConfig, name: &str, kind: Kind) -> PpoTrainer<CausalLm, V
 fn shared(config: PpoConfig, name: &str) -> PpoTrainer<CausalLmWithValueHead, OnPolicy> {
     let policy = policy(name, Kind::Float);
     let reference = policy.try_clone().unwrap();
-    let policy = CausalLmWithValueHead::new(policy, ValueHeadInit::default(), 1);
+    let policy = CausalLmWithValueHead::new(policy, ValueHeadInit::default(), 1).unwrap();
     PpoTrainer::new(config, policy, OnPolicy, reference, reward()).unwrap()
 }
 
@@ -230,7 +230,8 @@ fn a_critic_on_the_policys_trunk() {
         critic_lr: Some(1e-5),
         ..config()
     };
-    let policy = CausalLmWithValueHead::new(policy("llama", Kind::Float), ValueHeadInit::Zeros, 0);
+    let policy =
+        CausalLmWithValueHead::new(policy("llama", Kind::Float), ValueHeadInit::Zeros, 0).unwrap();
     let reference = self::policy("llama", Kind::Float);
     let error = PpoTrainer::new(critic_lr, policy, OnPolicy, reference, reward());
     assert!(

@@ -46,6 +46,8 @@ pub(crate) struct AdapterBuilder {
     linears: Vec<String>,
     modules: BTreeSet<String>,
     problems: Vec<AdapterProblem>,
+    /// The first failure of libtorch: no memory, for one.
+    failure: Option<Error>,
 }
 
 impl AdapterBuilder {
@@ -75,6 +77,7 @@ impl AdapterBuilder {
             linears: Vec::new(),
             modules: BTreeSet::new(),
             problems: Vec::new(),
+            failure: None,
         })
     }
 
@@ -116,12 +119,23 @@ impl AdapterBuilder {
     }
 
     fn factor(&mut self, name: &str, shape: [i64; 2], init: Init) -> Tensor {
-        let tensor = match &self.origin {
-            Origin::Fresh { seed } => Some(fresh(*seed, name, &shape, init)),
-            Origin::Given { .. } => self.given(name, &shape),
+        let made = match &self.origin {
+            Origin::Fresh { seed } => fresh(*seed, name, &shape, init).map(Some),
+            Origin::Given { .. } => Ok(self.given(name, &shape)),
         };
-        let tensor = tensor.unwrap_or_else(|| Tensor::zeros(shape, (self.kind, Device::Cpu)));
-        self.keep(name, tensor.to_kind(self.kind))
+        self.kept(name, made, self.kind).unwrap_or_default()
+    }
+
+    /// Keeps what was made; a failure is noted for [`finish`](Self::finish).
+    fn kept(&mut self, name: &str, made: Result<Option<Tensor>>, kind: Kind) -> Option<Tensor> {
+        let kept = made.and_then(|made| {
+            made.map(|tensor| self.keep(name, &tensor, kind))
+                .transpose()
+        });
+        kept.unwrap_or_else(|error| {
+            self.failure.get_or_insert(error);
+            None
+        })
     }
 
     /// The weight that stands in for `base` if its module is trained whole.
@@ -131,11 +145,11 @@ impl AdapterBuilder {
         if !self.selection.is_saved(module) {
             return None;
         }
-        let tensor = match &self.origin {
-            Origin::Fresh { .. } => base.detach().copy(),
-            Origin::Given { .. } => self.given(name, &base.size())?,
+        let made = match &self.origin {
+            Origin::Fresh { .. } => copied(base).map(Some),
+            Origin::Given { .. } => Ok(self.given(name, &base.size())),
         };
-        Some(self.keep(name, tensor.to_kind(base.kind())))
+        self.kept(name, made, base.kind())
     }
 
     /// Takes a weight out of those given.
@@ -159,15 +173,18 @@ impl AdapterBuilder {
         None
     }
 
-    fn keep(&mut self, name: &str, tensor: Tensor) -> Tensor {
-        let tensor = tensor.to_device(self.device);
-        let tensor = tensor.set_requires_grad(self.trainable);
+    fn keep(&mut self, name: &str, tensor: &Tensor, kind: Kind) -> Result<Tensor> {
+        let tensor = tensor.f_to_kind(kind)?.f_to_device(self.device)?;
+        let tensor = tensor.f_set_requires_grad(self.trainable)?;
         let alias = tensor.shallow_clone();
         self.built.weights.insert(name.into(), alias);
-        tensor
+        Ok(tensor)
     }
 
     pub(crate) fn finish(mut self) -> Result<Adapters> {
+        if let Some(failure) = self.failure {
+            return Err(failure);
+        }
         let known = last_parts(&self.linears);
         for name in self.selection.unmatched(&self.linears) {
             let known = known.clone();
@@ -254,9 +271,17 @@ impl Adapters {
     pub(super) fn copied(&self) -> Result<WeightMap> {
         self.weights
             .iter()
-            .map(|(name, tensor)| Ok((name.clone(), tensor.f_detach()?.copy())))
+            .map(|(name, tensor)| Ok((name.clone(), copied(tensor)?)))
             .collect()
     }
+}
+
+/// Memory of its own, and no history.
+pub(super) fn copied(tensor: &Tensor) -> Result<Tensor> {
+    let _guard = tch::no_grad_guard();
+    let mut copy = tensor.f_detach()?.f_empty_like()?;
+    copy.f_copy_(tensor)?;
+    Ok(copy)
 }
 
 /// The module that a weight belongs to.

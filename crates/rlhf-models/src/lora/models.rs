@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::build::{AdapterBuilder, Origin};
+use super::build::{AdapterBuilder, Origin, copied};
 use super::config::LoraConfig;
 use super::files::{self, AdapterFiles};
 use crate::trunk::{Model, Trunk};
@@ -62,8 +62,8 @@ impl<H: Rebuild> Model<H> {
         let base = self
             .base()?
             .into_iter()
-            .map(|(name, tensor)| (name, tensor.copy()))
-            .collect();
+            .map(|(name, tensor)| Ok((name, copied(&tensor)?)))
+            .collect::<Result<_>>()?;
         let weights = adapters.copied()?;
         let origin = Origin::Given {
             weights,
