@@ -233,7 +233,8 @@ impl Call {
     ) -> Result<Tensor> {
         let within_window = spec.window.is_none_or(|window| window >= self.keys());
         let visible = match mask {
-            Some(mask) if within_window => Visible::Masked(mask),
+            // Where scores are computed one by one they are cut into chunks, and masks with them.
+            Some(mask) if within_window && spec.softcap.is_none() => Visible::Masked(mask),
             _ => Visible::Causal,
         };
         let heads_first = |t: &Tensor| t.transpose(1, 2);

@@ -3,6 +3,9 @@
 use rlhf_core::Result;
 use tch::{Device, Kind, Tensor};
 
+/// Scores, or elements of a mask, that exist at a time, at most: 64 MiB of f32.
+const CHUNK_ELEMENTS: i64 = 1 << 24;
+
 /// Scale, window and soft cap of a block's attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct AttentionSpec {
@@ -50,6 +53,9 @@ impl AttentionSpec {
         visible: Visible,
     ) -> Result<Tensor> {
         let (queries, keys) = (query.size()[2], key.size()[2]);
+        if let (Visible::Causal, Some(rows)) = (visible, self.chunk_rows(query, keys)) {
+            return self.attend_in_chunks(query, key, value, rows);
+        }
         let within_window = self.window.is_none_or(|window| window >= keys);
         let made;
         let (mask, causal) = match visible {
@@ -79,6 +85,41 @@ impl AttentionSpec {
                 query.size()[1] != key.size()[1],
             )?),
         }
+    }
+
+    /// Queries that are attended at a time, where scores or masks of all would be too large.
+    fn chunk_rows(&self, query: &Tensor, keys: i64) -> Option<i64> {
+        let size = query.size();
+        let windowed = self.window.is_some_and(|window| window < keys);
+        let scores = match self.softcap {
+            Some(_) => size[0] * size[1] * keys,
+            None if windowed => keys,
+            // The fused kernel makes neither.
+            None => return None,
+        };
+        let rows = (CHUNK_ELEMENTS / scores.max(1)).max(1);
+        (rows < size[2]).then_some(rows)
+    }
+
+    /// Causal attention of `rows` queries at a time to the keys that they see.
+    fn attend_in_chunks(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        rows: i64,
+    ) -> Result<Tensor> {
+        let (queries, before) = (query.size()[2], key.size()[2] - query.size()[2]);
+        let mut chunks = Vec::new();
+        for start in (0..queries).step_by(rows as usize) {
+            let count = rows.min(queries - start);
+            let (own, end) = (before + start, before + start + count);
+            let first = self.window.map_or(0, |window| (own + 1 - window).max(0));
+            let seen = |t: &Tensor| t.f_narrow(2, first, end - first);
+            let chunk = query.f_narrow(2, start, count)?;
+            chunks.push(self.attend(&chunk, &seen(key)?, &seen(value)?, Visible::Causal)?);
+        }
+        Ok(Tensor::f_cat(&chunks, 2)?)
     }
 
     /// `true` where a query looks: the last `queries` of `keys` tokens, each at itself and
@@ -201,6 +242,51 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn chunks_of_queries_see_what_all_would() {
+        for (queries, keys) in [(7, 7), (5, 9)] {
+            let query = random([2, 4, queries, 3], 0);
+            let (key, value) = (random([2, 2, keys, 3], 1), random([2, 2, keys, 3], 2));
+            for window in [None, Some(1), Some(3), Some(8)] {
+                for softcap in [None, Some(0.7)] {
+                    let spec = AttentionSpec {
+                        window,
+                        softcap,
+                        ..PLAIN
+                    };
+                    let whole = spec.attend(&query, &key, &value, Visible::Causal).unwrap();
+                    for rows in [1, 2, 3, 6] {
+                        let chunks = spec.attend_in_chunks(&query, &key, &value, rows).unwrap();
+                        assert!(
+                            chunks.allclose(&whole, 1e-5, 1e-6, false),
+                            "{spec:?} {queries} {keys} {rows}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn long_prompts_are_attended_in_chunks_where_a_kernel_would_hold_their_square() {
+        let query = Tensor::zeros([1, 8, 1, 4], (Kind::Float, Device::Cpu));
+        let long =
+            |spec: AttentionSpec, n: i64| spec.chunk_rows(&query.expand([1, 8, n, 4], false), n);
+        let capped = AttentionSpec {
+            softcap: Some(30.0),
+            ..PLAIN
+        };
+        let windowed = AttentionSpec {
+            window: Some(4096),
+            ..PLAIN
+        };
+        assert_eq!(long(PLAIN, 1 << 20), None);
+        assert_eq!(long(capped, 1 << 10), None);
+        assert_eq!(long(capped, 1 << 14), Some(128));
+        assert_eq!(long(windowed, 4096), None);
+        assert_eq!(long(windowed, 1 << 15), Some(512));
     }
 
     #[test]
