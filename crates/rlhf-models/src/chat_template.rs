@@ -1,9 +1,11 @@
 //! Conversations to text, by the Jinja template that comes with a model, as transformers renders
 //! them.
 
+mod growth;
 mod limits;
 mod message;
 mod python;
+mod tokens;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::SystemTime;
@@ -96,8 +98,9 @@ impl ChatTemplates {
                 });
             }
             names.push(name.clone());
-            environment
-                .add_template_owned(name, without_generation_tags(&source))
+            let source = without_generation_tags(&source);
+            growth::measured(&source)
+                .and_then(|measured| environment.add_template_owned(name, measured))
                 .map_err(|source| Error::ChatTemplate { source })?;
         }
         Ok(Self {
@@ -169,6 +172,13 @@ impl ChatTemplates {
         // An environment of its own: fuel, clock and the count of bytes belong to one rendering.
         let mut environment = self.environment.clone();
         environment.set_fuel(Some(fuel(messages, options)));
+        let context = Context {
+            messages,
+            variables: &variables,
+        };
+        let input = serde_json::to_vec(&context).map_or(0, |json| json.len());
+        let items = messages.len() + options.tools.len() + options.documents.len();
+        limits::Budget::new(input, items).install(&mut environment);
         let now = options.now;
         environment.add_function("strftime_now", move |format: String| {
             python::strftime(now.unwrap_or_else(SystemTime::now), &format)
@@ -185,13 +195,9 @@ impl ChatTemplates {
             out.write_str(&text).map_err(minijinja::Error::from)
         });
         let mut out = Bounded::default();
-        environment.get_template(name)?.render_captured_to(
-            Context {
-                messages,
-                variables: &variables,
-            },
-            &mut out,
-        )?;
+        environment
+            .get_template(name)?
+            .render_captured_to(context, &mut out)?;
         out.into_string()
     }
 }
@@ -211,7 +217,8 @@ fn environment() -> Environment<'static> {
     environment.set_lstrip_blocks(true);
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_recursion_limit(limits::RECURSION_LIMIT);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_unknown_method_callback(limits::method);
+    limits::guard_filters(&mut environment);
     environment.add_function("raise_exception", |message: String| {
         Err::<String, _>(minijinja::Error::new(ErrorKind::InvalidOperation, message))
     });

@@ -8,6 +8,8 @@ use chrono::{DateTime, Local};
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Error, ErrorKind};
 
+use super::limits::{OUTPUT_LIMIT, too_long};
+
 /// How deep a value may be nested.
 const DEPTH_LIMIT: usize = 128;
 
@@ -23,7 +25,7 @@ pub(super) fn str(value: &Value) -> Result<Cow<'_, str>, Error> {
 
 /// `repr(value)`; what is undefined is written as nothing, as Jinja does.
 fn write_repr(out: &mut String, value: &Value, depth: usize) -> Result<(), Error> {
-    check_depth(depth)?;
+    check_size(out, depth)?;
     match value.kind() {
         ValueKind::Undefined => {}
         ValueKind::None => out.push_str("None"),
@@ -53,7 +55,12 @@ fn write_repr(out: &mut String, value: &Value, depth: usize) -> Result<(), Error
     Ok(())
 }
 
-fn check_depth(depth: usize) -> Result<(), Error> {
+/// Fails for what is nested too deep, or has written too much already: lists that hold one list
+/// twice, and so on, are small and write without end.
+fn check_size(out: &str, depth: usize) -> Result<(), Error> {
+    if out.len() > OUTPUT_LIMIT {
+        return Err(too_long());
+    }
     match depth < DEPTH_LIMIT {
         true => Ok(()),
         false => Err(Error::new(
@@ -146,7 +153,7 @@ struct Dumps {
 
 impl Dumps {
     fn write(&self, out: &mut String, value: &Value, depth: usize) -> Result<(), Error> {
-        check_depth(depth)?;
+        check_size(out, depth)?;
         match value.kind() {
             ValueKind::None => out.push_str("null"),
             ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
