@@ -9,9 +9,9 @@
 //! worst that one can do. A second judge, the gold reward, reads: it wants different positive
 //! words, no repetition, and English. It is measured and not trained against.
 //!
-//! The watch sees the first judge rise while the second falls, says so, and stops the run. The
-//! table shows held-out texts at the start, when the watch stopped it, and at the end of the same
-//! run if nobody had.
+//! The watch sees the first judge rise while other numbers tell another story, says so, and stops
+//! the run. The table shows held-out texts at the start, when the watch stopped it, and at the end
+//! of the same run if nobody had.
 #![allow(clippy::print_stdout, clippy::print_stderr)] // an example talks to its user
 
 mod support;
@@ -48,13 +48,13 @@ struct Options {
     #[arg(long, default_value = "examples/models/debtldr-gpt2")]
     model: PathBuf,
     /// Steps of the whole run, had nobody stopped it.
-    #[arg(long, default_value_t = 90)]
+    #[arg(long, default_value_t = 60)]
     steps: u64,
     /// Openings of a step, each with four continuations.
     #[arg(long, default_value_t = 24)]
     batch: usize,
     /// Learning rate.
-    #[arg(long, default_value_t = 6e-5)]
+    #[arg(long, default_value_t = 4e-5)]
     lr: f64,
     /// Price of a nat of divergence a sequence, in positive words.
     #[arg(long, default_value_t = 0.0)]
@@ -143,9 +143,16 @@ fn run() -> Result<()> {
     println!("\n1. Until the watch stops the run");
     let metrics = options.out.join("metrics.jsonl");
     let (watch, findings) = watch(WatchConfig {
+        // Texts are short and the run is: smaller windows, and fewer nats.
+        window: 5,
+        max_kl: 15.0,
         stop: StopRule::On {
-            kinds: vec![FindingKind::GoldDecline],
-            steps: 2,
+            kinds: vec![
+                FindingKind::GoldDecline,
+                FindingKind::Repetition,
+                FindingKind::KlDrift,
+            ],
+            steps: 1,
         },
         ..WatchConfig::default()
     })?;
