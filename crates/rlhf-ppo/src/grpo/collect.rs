@@ -198,6 +198,7 @@ impl Scored {
                 more.sampling_logprobs,
             );
             join(&mut all.completions.policy_logprobs, more.policy_logprobs);
+            join(&mut all.completions.kept, more.kept);
             for (all, more) in all.scores.iter_mut().zip(round.scores) {
                 all.extend(more);
             }

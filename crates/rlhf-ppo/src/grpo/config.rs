@@ -1,6 +1,6 @@
 //! Options of the critic-free trainer, and the methods that have names.
 
-use rlhf_core::{Error, GenerationConfig, SamplingConfig};
+use rlhf_core::{Error, GenerationConfig};
 use rlhf_scale::{AdamWConfig, Schedule, UpdateConfig};
 use serde::{Deserialize, Serialize};
 
@@ -101,7 +101,9 @@ pub struct GrpoConfig {
     /// Where old log-probabilities come from. Where a rollout is used for one optimiser step,
     /// `Recomputed` costs nothing: they are the new ones.
     pub old_logprobs: OldLogprobs,
-    /// How answers are written. **Its temperature is that of all log-probabilities.**
+    /// How answers are written. **Its temperature is that of all log-probabilities.** Top-k, top-p,
+    /// min-p and `min_new_tokens` are replayed: which tokens they left at each step is kept, and
+    /// all log-probabilities are those within these sets, so that ratios are exact.
     pub generation: GenerationConfig,
     /// Optimiser, schedule and clipping of gradients.
     pub update: UpdateConfig,
@@ -351,15 +353,13 @@ impl GrpoConfig {
         let reason = "answers must differ: a positive temperature is needed";
         let field = "generation.sampling.temperature";
         check(temperature > 0.0, field, &temperature, reason)?;
+        let penalty = self.generation.sampling.repetition_penalty;
+        let (field, reason) = (
+            "generation.sampling.repetition_penalty",
+            "must be 1: a penalty depends on what a sequence holds, and is not replayed",
+        );
+        check(penalty == 1.0, field, &penalty, reason)?;
         if self.old_logprobs == OldLogprobs::Sampled {
-            let plain = SamplingConfig {
-                temperature,
-                ..SamplingConfig::default()
-            };
-            let unfiltered =
-                self.generation.sampling == plain && self.generation.min_new_tokens == 0;
-            let reason = "needs sampling without filters, penalties or min_new_tokens";
-            check(unfiltered, "old_logprobs", &"sampled", reason)?;
             let reason = "there is nothing to correct where old log-probabilities are the sampled";
             let corrected = self.off_policy != OffPolicy::Ignore;
             check(
@@ -479,9 +479,8 @@ mod tests {
                 c.mix = RewardMix::NormalizeThenSum;
                 c.reward_clip = Some((-1.0, 1.0));
             }),
-            ("old_logprobs", |c| {
-                c.old_logprobs = OldLogprobs::Sampled;
-                c.generation.sampling.top_p = Some(0.9);
+            ("repetition_penalty", |c| {
+                c.generation.sampling.repetition_penalty = 1.1;
             }),
         ];
         for (field, break_it) in broken {

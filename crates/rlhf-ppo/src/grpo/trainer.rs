@@ -94,7 +94,8 @@ pub(super) struct WeightedReward {
 }
 
 impl<P: Policy> GrpoTrainer<P> {
-    /// A trainer without a reference.
+    /// A trainer without a reference. Dropout is [switched off](Policy::disable_dropout) in the
+    /// policy.
     ///
     /// # Errors
     /// Those of [`GrpoConfig::validate`]; a KL penalty, which needs a reference; those of
@@ -124,11 +125,12 @@ impl<P: Policy> GrpoTrainer<P> {
 
     fn build(
         config: GrpoConfig,
-        policy: P,
+        mut policy: P,
         reference: Option<Box<dyn Policy>>,
         reward: Box<dyn RewardModel>,
     ) -> Result<Self> {
         config.validate()?;
+        policy.disable_dropout();
         Ok(Self {
             updater: Updater::new(policy.named_parameters(), &config.update)?,
             config,

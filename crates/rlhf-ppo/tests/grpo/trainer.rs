@@ -321,6 +321,24 @@ fn one_step_needs_no_log_probabilities_before_it() {
 }
 
 #[test]
+fn what_filters_left_is_replayed() {
+    let mut config = sized(GrpoConfig::grpo());
+    config.generation.sampling.top_k = Some(3);
+    config.generation.min_new_tokens = 2;
+    // Several rounds are joined.
+    config.dynamic_sampling = Some(DynamicSampling { max_rounds: 6 });
+    let mut observers: Vec<Box<dyn Observer>> = vec![Box::new(|event: &Event<'_>| {
+        // The sampler's log-probabilities are the trainer's, within the kept sets.
+        let gap = event.stats.get("grpo/mismatch/max").unwrap();
+        assert!(gap < 1e-5, "{gap}");
+        Ok(ControlFlow::Continue(()))
+    })];
+    trainer(config)
+        .train(&prompts(), 4, &mut observers)
+        .unwrap();
+}
+
+#[test]
 fn prompts_without_differing_answers_are_dropped_and_others_sampled() {
     // Only prompts that begin with 2 have answers that differ in score.
     let reward = || {
