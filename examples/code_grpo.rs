@@ -50,13 +50,13 @@ struct Options {
     #[arg(long, default_value_t = 500)]
     sft_steps: u64,
     /// Steps of GRPO.
-    #[arg(long, default_value_t = 200)]
+    #[arg(long, default_value_t = 600)]
     steps: u64,
     /// Tasks of a step, each with eight answers.
     #[arg(long, default_value_t = 32)]
     batch: usize,
     /// Learning rate of GRPO.
-    #[arg(long, default_value_t = 5e-4)]
+    #[arg(long, default_value_t = 3e-4)]
     lr: f64,
     /// Share of the training tasks that come with written solutions.
     #[arg(long, default_value_t = 0.5)]

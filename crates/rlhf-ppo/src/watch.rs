@@ -29,7 +29,7 @@ type Listener = Box<dyn FnMut(&Finding) + Send>;
 /// large ([`WatchConfig`] says how large) *and* stands out of the noise from step to step.
 ///
 /// It only reads statistics: a run with it is the same run, unless [`WatchConfig::stop`] lets it
-/// end it. A finding is reported once, and again if it went away and came back. Runs that go on
+/// end it. A finding is reported once, and again if it was away for a window and came back. Runs that go on
 /// from a checkpoint start a new watch, which takes the first steps that it sees for the start.
 ///
 /// ```
@@ -56,11 +56,20 @@ pub struct HackingWatch {
     config: WatchConfig,
     /// Of each phase.
     histories: BTreeMap<&'static str, History>,
-    /// What is found at the moment, and for how many steps it has been.
-    active: BTreeMap<(&'static str, FindingKind), usize>,
+    /// What was found of late.
+    active: BTreeMap<(&'static str, FindingKind), Active>,
     findings: Vec<Finding>,
     listener: Option<Listener>,
     stopped: Option<usize>,
+}
+
+/// A finding that has been reported.
+#[derive(Default)]
+struct Active {
+    /// Steps in a row that it was found in, up to now.
+    found: usize,
+    /// Steps in a row that it was not.
+    missing: usize,
 }
 
 impl HackingWatch {
@@ -112,15 +121,23 @@ impl HackingWatch {
         history.push(step, stats);
         let found = rules::findings(history, &self.config);
         let kinds: BTreeSet<FindingKind> = found.iter().map(|finding| finding.kind).collect();
-        self.active
-            .retain(|(of, kind), _| *of != phase || kinds.contains(kind));
+        let window = self.config.window;
+        self.active.retain(|(of, kind), active| {
+            if *of == phase && !kinds.contains(kind) {
+                active.found = 0;
+                active.missing += 1;
+            }
+            active.missing < window
+        });
         let mut answer = ControlFlow::Continue(());
         for finding in found {
-            let steps = self.active.entry((phase, finding.kind)).or_insert(0);
-            *steps += 1;
-            let steps = *steps;
             let kind = finding.kind;
-            if steps == 1 {
+            let new = !self.active.contains_key(&(phase, kind));
+            let active = self.active.entry((phase, kind)).or_default();
+            active.found += 1;
+            active.missing = 0;
+            let steps = active.found;
+            if new {
                 if let Some(listener) = &mut self.listener {
                     listener(&finding);
                 }

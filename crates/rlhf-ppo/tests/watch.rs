@@ -211,6 +211,31 @@ fn a_finding_names_the_peak_is_told_once_and_may_end_the_run() {
 }
 
 #[test]
+fn a_finding_that_flickers_is_one_and_one_that_returns_is_two() {
+    let mut watch = HackingWatch::new(WatchConfig::default()).unwrap();
+    let mut below = Vec::new();
+    for step in 1..=130u64 {
+        // To and fro about the threshold of 0.3, then well above it, then well below.
+        let entropy = match step {
+            1..=8 => 1.0,
+            9..=60 => 0.3 + 0.02 * (step as f64).sin(),
+            61..=100 => 0.8,
+            _ => 0.1,
+        };
+        below.push(entropy);
+        let stats = Stats::from_iter([("grpo/policy/entropy", entropy)]);
+        assert!(watch.look("grpo", step, &stats).is_continue());
+    }
+    let under = |end: usize| below[end - 8..end].iter().sum::<f64>() / 8.0 < 0.3;
+    let crossings = (17..=60)
+        .filter(|&end| under(end) != under(end - 1))
+        .count();
+    assert!(crossings > 8, "{crossings}");
+    let steps: Vec<u64> = watch.findings().iter().map(|f| f.step).collect();
+    assert!(matches!(steps[..], [16..=30, 101..=130]), "{steps:?}");
+}
+
+#[test]
 fn other_phases_and_phases_apart() {
     let mut watch = HackingWatch::new(WatchConfig::default()).unwrap();
     for step in 1..=STEPS {
