@@ -393,7 +393,9 @@ fn held_out_pairs_are_evaluated_on_the_way() {
                 .get(&format!("dpo/eval/{name}"))
                 .is_some_and(f64::is_finite)
         });
-        count.set(count.get() + there.count());
+        let there = there.count();
+        assert_eq!(there, if event.step % 2 == 0 { names.len() } else { 0 });
+        count.set(count.get() + there);
         Ok(ControlFlow::Continue(()))
     })];
     assert_eq!(watched.train(&pairs(), &epochs, &mut observers).unwrap(), 6);
