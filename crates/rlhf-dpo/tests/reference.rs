@@ -394,7 +394,14 @@ fn held_out_pairs_are_evaluated_on_the_way() {
                 .is_some_and(f64::is_finite)
         });
         let there = there.count();
-        assert_eq!(there, if event.step % 2 == 0 { names.len() } else { 0 });
+        assert_eq!(
+            there,
+            if event.step.is_multiple_of(2) {
+                names.len()
+            } else {
+                0
+            }
+        );
         count.set(count.get() + there);
         Ok(ControlFlow::Continue(()))
     })];
