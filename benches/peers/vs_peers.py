@@ -307,7 +307,86 @@ def grpo():
     done()
 
 
-TASKS = {task.__name__: task for task in [forward_backward, generate, sft, dpo, dpo_cached, reward, grpo]}
+def ppo():
+    """48 sampled tokens to each prompt, 4 passes over them; policy, critic, reference and reward model apart."""
+    import trl
+    from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    new_tokens = 48
+
+    def classifier():
+        model = AutoModelForSequenceClassification.from_pretrained(work["model"], num_labels=1, dtype=torch.float32)
+        model.config.pad_token_id = TOKENIZER.pad_token_id
+        return model
+
+    TOKENIZER.padding_side = "left"
+    dataset = Dataset.from_list([{"input_ids": row["prompt"]} for row in ROWS])
+    trainer = PPOTrainer(
+        args=PPOConfig(
+            output_dir=tempfile.mkdtemp(),
+            total_episodes=BATCH * STEPS,
+            per_device_train_batch_size=BATCH,
+            local_rollout_forward_batch_size=BATCH,
+            num_mini_batches=1,
+            num_ppo_epochs=4,
+            response_length=new_tokens,
+            temperature=1.0,
+            stop_token=None,
+            num_sample_generations=0,
+            learning_rate=1e-6,
+            lr_scheduler_type="constant",
+            bf16=work["dtype"] == "bfloat16",
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=10**6,
+            disable_tqdm=True,
+        ),
+        processing_class=TOKENIZER,
+        model=load(torch.float32),
+        ref_model=load(torch.float32),
+        reward_model=classifier(),
+        value_model=classifier(),
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(BATCH)),
+    )
+    turn = {}
+
+    class Steps:
+        """The prompts that ours gets, one step's at a time and in its order."""
+
+        def __iter__(self):
+            for step in range(STEPS):
+                prompts = [row["prompt"] for row in ROWS[step * BATCH : (step + 1) * BATCH]]
+                width = max(map(len, prompts))
+                if not wait():
+                    done()
+                    os._exit(0)
+                turn["read"] = {
+                    "tokens": sum(map(len, prompts)) + BATCH * new_tokens,
+                    "id_sum": sum(map(sum, prompts)),
+                }
+                turn["start"] = time.perf_counter()
+                yield {"input_ids": torch.tensor([[TOKENIZER.pad_token_id] * (width - len(p)) + p for p in prompts])}
+
+    trainer.dataloader = Steps()
+    # The last thing that a step does.
+    schedule = trainer.lr_scheduler.step
+
+    def end_of_step(*args, **kwargs):
+        say("step", seconds=time.perf_counter() - turn["start"], **turn["read"])
+        return schedule(*args, **kwargs)
+
+    trainer.lr_scheduler.step = end_of_step
+    say("ready", versions=f"TRL {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}")
+    trainer.train()
+    wait()
+    done()
+
+
+TASKS = {task.__name__: task for task in [forward_backward, generate, sft, dpo, dpo_cached, reward, grpo, ppo]}
+TASKS["ppo_shared"] = ppo  # it has no shared trunk
 
 if __name__ == "__main__":
     TASKS[work["task"]]()

@@ -23,6 +23,7 @@ mod forward_backward;
 mod generate;
 mod grpo;
 mod models;
+mod ppo;
 mod report;
 mod reward;
 mod roofline;
@@ -91,6 +92,11 @@ enum Task {
     /// A step of GRPO, sampling included: 4 answers of 48 tokens a prompt, `--batch` answers in all; the
     /// peer is TRL's GRPOTrainer.
     Grpo,
+    /// A step of PPO, sampling included: 48 tokens to each prompt, 4 passes, and a critic of its own; the
+    /// peer is TRL's PPOTrainer.
+    Ppo,
+    /// The same with the critic on the policy's trunk, which the peer cannot.
+    PpoShared,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize, Deserialize)]

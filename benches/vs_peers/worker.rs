@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::Tokens;
 use crate::roofline::{self, Cost, Decoding};
-use crate::{Result, Task, Work, dpo, forward_backward, generate, grpo, reward, sft};
+use crate::{Result, Task, Work, dpo, forward_backward, generate, grpo, ppo, reward, sft};
 
 /// What the other process's lines begin with; libraries print lines of their own.
 pub(crate) const MARK: &str = "VS_PEERS ";
@@ -61,6 +61,8 @@ pub(crate) fn serve(work: &Work) -> Result<()> {
         Task::DpoCached => dpo::prepare_cached(work)?,
         Task::Reward => reward::prepare(work)?,
         Task::Grpo => grpo::prepare(work)?,
+        Task::Ppo => ppo::separate(work)?,
+        Task::PpoShared => ppo::shared(work)?,
     };
     say(&Line::Ready {
         versions: format!("rlhf {}", env!("CARGO_PKG_VERSION")),
