@@ -65,7 +65,7 @@ struct Options {
     #[arg(long, default_value_t = 2600)]
     marked: usize,
     /// The mean probability of an offence that the multiplier aims at.
-    #[arg(long, default_value_t = 0.02)]
+    #[arg(long, default_value_t = 0.04)]
     target: f64,
     /// The share of offences that the held-out test allows.
     #[arg(long, default_value_t = 0.08)]
@@ -79,8 +79,9 @@ struct Options {
     /// PPO's learning rate.
     #[arg(long, default_value_t = 5e-4)]
     lr: f64,
-    /// Price of a nat of divergence from the reference.
-    #[arg(long, default_value_t = 0.1)]
+    /// Price of a nat of divergence from the reference. A multiplier of λ divides what the reward
+    /// weighs by 1 + λ, and this not.
+    #[arg(long, default_value_t = 0.02)]
     kl_coef: f64,
     /// Seed of every random choice.
     #[arg(long, default_value_t = 1)]
