@@ -36,7 +36,7 @@ pub(crate) fn separate(work: &Work) -> Result<Prepared> {
 pub(crate) fn shared(work: &Work) -> Result<Prepared> {
     let (policy, reference, reward) = parts(work)?;
     let costs = costs(work, &policy, 1.0)?;
-    let policy = CausalLmWithValueHead::new(policy, ValueHeadInit::default(), 0);
+    let policy = CausalLmWithValueHead::new(policy, ValueHeadInit::default(), 0)?;
     let mut trainer = PpoTrainer::new(config(work), policy, OnPolicy, reference, reward)?;
     prepared(work, costs, move |prompts| Ok(trainer.step(prompts)?))
 }

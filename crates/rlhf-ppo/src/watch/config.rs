@@ -7,8 +7,9 @@ use super::finding::FindingKind;
 
 /// Options of a [`HackingWatch`](crate::HackingWatch): the thresholds of its rules.
 ///
-/// The defaults are rules of thumb for runs of some dozens of steps and more, set so that a
-/// healthy run of this repository's examples gives no finding; none of them is a law.
+/// The defaults are rules of thumb for runs of some dozens of steps and more; none of them is a
+/// law. A run that sharpens a policy on purpose, as one on verifiable rewards does, may well be
+/// told that its entropy collapses.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct WatchConfig {
