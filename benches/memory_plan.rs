@@ -2,7 +2,8 @@
 //!
 //! `cargo bench --bench memory_plan` trains small GPT-2s and Llamas for two updates, each case in a
 //! process of its own, and prints the predicted peak, the growth of the process's peak resident
-//! memory (`VmHWM`, Linux), and their ratio. `-- --models gpt2 --precisions f32 --tasks values` and so
+//! memory (`VmHWM`, Linux), and their ratio. Memory that is freed goes back to the system there: what the
+//! allocator of `reuse_memory` keeps besides is not in the plan. `-- --models gpt2 --precisions f32 --tasks values` and so
 //! on choose.
 
 #![allow(clippy::print_stdout)]
@@ -164,6 +165,7 @@ fn spawn(case: &Case) -> Result<(f64, f64)> {
         .env("OMP_NUM_THREADS", case.threads.to_string())
         // Freed tensors go back to the system at once, so that resident memory is what is in use.
         .env("MALLOC_MMAP_THRESHOLD_", "65536")
+        .env("RLHF_CPU_ALLOCATOR", "system")
         .output()?;
     let text = String::from_utf8_lossy(&output.stdout);
     let numbers: Option<Vec<f64>> = text.split_whitespace().map(|n| n.parse().ok()).collect();

@@ -264,20 +264,24 @@ fn counts(microbatch: &[(usize, usize)], head: MemoryHead) -> (u64, u64) {
 fn kernels(microbatches: std::slice::Chunks<'_, (usize, usize)>, options: &MemoryOptions) -> u64 {
     /// A kernel of bf16 on a processor with AVX-512, the average of GPT-2's and Llama's.
     const BYTES: u64 = 4 * (1 << 20) / 5;
-    /// Two matrices of attention and two of the feed-forward layer, forward and both gradients.
-    const OF_BLOCK: u64 = 4 * 3;
-    /// All of them but the one that is done with all tokens: queries, keys and values.
-    const OF_LAST_BLOCK: u64 = 3 * 3;
-    /// Two widths of blocks of the vocabulary, or less.
-    const OF_HEAD: u64 = 2 * 3;
+    // Forward and both gradients. A frozen matrix has one gradient less, and an adapter six products
+    // of its own, whose kernels are small: measured, as much as five.
+    let of_matrix = if options.adapters.is_some() { 5 } else { 3 };
+    // Two matrices of attention and two of the feed-forward layer; the last block does all but one,
+    // that of queries, keys and values, with the head's tokens.
+    let (of_block, of_last_block) = (4 * of_matrix, 3 * of_matrix);
     if options.precision == Precision::F32 || options.device != Device::Cpu {
         return 0;
     }
-    let shapes: BTreeSet<_> = microbatches
-        .map(|part| counts(part, options.head))
-        .collect();
-    let all: BTreeSet<u64> = shapes.iter().map(|shape| shape.0).collect();
-    let products = all.len() as u64 * OF_BLOCK + shapes.len() as u64 * (OF_LAST_BLOCK + OF_HEAD);
+    let of_head = match options.head {
+        // Two widths of blocks of the vocabulary, or less.
+        MemoryHead::Logprobs | MemoryHead::Likelihood => 2 * 3,
+        MemoryHead::Values | MemoryHead::Labels(_) => 3,
+    };
+    // The last block and the head see some of the tokens.
+    let (all, fed): (BTreeSet<u64>, BTreeSet<u64>) =
+        microbatches.map(|part| counts(part, options.head)).unzip();
+    let products = all.len() as u64 * of_block + fed.len() as u64 * (of_last_block + of_head);
     BYTES * products.min(1024)
 }
 
