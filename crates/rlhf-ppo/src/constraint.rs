@@ -20,7 +20,8 @@ pub struct Constraint {
     pub threshold: f64,
     /// What happens above it.
     pub rule: ConstraintRule,
-    /// Says how much cost is still to come, for [`ConstraintRule::Lagrangian`].
+    /// Says how much cost is still to come, for a [`Lagrangian`](ConstraintRule::Lagrangian) of
+    /// PPO.
     pub(crate) critic: Option<Box<dyn ValueModel>>,
 }
 
@@ -63,8 +64,9 @@ impl Constraint {
         }
     }
 
-    /// The same with another rule. For a Lagrangian see [`lagrangian`](Self::lagrangian), which
-    /// takes the critic that it needs.
+    /// The same with another rule. For a Lagrangian in [`PpoTrainer`](crate::PpoTrainer) see
+    /// [`lagrangian`](Self::lagrangian), which takes the critic that it needs;
+    /// [`GrpoTrainer`](crate::GrpoTrainer) needs none.
     #[must_use]
     pub fn with_rule(mut self, rule: ConstraintRule) -> Self {
         self.rule = rule;
@@ -87,11 +89,38 @@ impl Constraint {
         }
     }
 
-    /// Fails for numbers that make no sense, and for a Lagrangian without a critic.
+    /// Fails for numbers that make no sense, and for a Lagrangian without a critic, which PPO
+    /// needs.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`].
     pub fn validate(&self) -> rlhf_core::Result<()> {
+        self.validate_rule()?;
+        match (self.rule, &self.critic) {
+            (ConstraintRule::Lagrangian(_), None) => Err(Error::config(
+                "constraint.rule",
+                "lagrangian",
+                "needs a critic of the cost: see Constraint::lagrangian",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Fails for what makes no sense where answers are each other's baseline: a critic.
+    pub(crate) fn validate_without_critic(&self) -> rlhf_core::Result<()> {
+        self.validate_rule()?;
+        match self.critic {
+            Some(_) => Err(Error::config(
+                "constraint.critic",
+                &self.name,
+                "has nothing to do where answers are each other's baseline: give \
+                 Constraint::with_rule(ConstraintRule::Lagrangian(..)), without a critic",
+            )),
+            None => Ok(()),
+        }
+    }
+
+    fn validate_rule(&self) -> rlhf_core::Result<()> {
         if !self.threshold.is_finite() {
             let reason = "a finite number is needed";
             return Err(Error::config(
@@ -119,17 +148,7 @@ impl Constraint {
                     Err(Error::config("constraint.coef", coef, reason))
                 }
             },
-            ConstraintRule::Lagrangian(config) => {
-                config.validate()?;
-                match self.critic {
-                    Some(_) => Ok(()),
-                    None => Err(Error::config(
-                        "constraint.rule",
-                        "lagrangian",
-                        "needs a critic of the cost: see Constraint::lagrangian",
-                    )),
-                }
-            }
+            ConstraintRule::Lagrangian(config) => config.validate(),
         }
     }
 

@@ -16,7 +16,6 @@ mod rewards;
 mod rollout;
 mod state;
 mod stats;
-mod train;
 mod trainer;
 
 pub use advantages::{GroupAdvantages, GroupAdvantagesInput, STD_EPSILON, group_advantages};

@@ -45,9 +45,9 @@ pub struct Rollout {
     /// The scores after scaling, clipping, the rule for a missing EOS, and penalties for length
     /// and cost. `[B]` f32.
     pub final_scores: Tensor,
-    /// What each constraint's model said, in the order of the trainer's constraints.
-    /// `[B]` f32 each.
-    pub costs: Vec<Tensor>,
+    /// What each constraint's model said, in the order of the trainer's constraints, one number for
+    /// each sample.
+    pub costs: Vec<Vec<f64>>,
     /// KL penalty and score of each step, whitened if that is configured. `[B, R + 1]` f32.
     pub rewards: Tensor,
     /// Advantages of the tokens, those of the costs taken off, whitened if that is configured; 0

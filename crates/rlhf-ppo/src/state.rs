@@ -2,13 +2,12 @@
 
 use std::path::Path;
 
-use rlhf_core::{Checkpoint, CheckpointStore, DataCursor, Error as CoreError, Policy};
+use rlhf_core::{DataCursor, Error as CoreError, Policy};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{
-    Constraint, ConstraintRule, Critic, Error, Multiplier, PpoTrainer, Result, RunningMoments,
-};
+use crate::constraints::ConstraintState;
+use crate::{Critic, Error, PpoTrainer, Result, RunningMoments};
 
 const STATE_FILE: &str = "ppo.json";
 
@@ -26,39 +25,13 @@ struct State {
     cursor: Option<DataCursor>,
 }
 
-/// A constraint: what it must be in the trainer that goes on, and its multiplier.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ConstraintState {
-    name: String,
-    threshold: f64,
-    rule: ConstraintRule,
-    multiplier: Option<Multiplier>,
-}
-
-impl ConstraintState {
-    fn of(constraint: &Constraint, multiplier: &Option<Multiplier>) -> Self {
-        Self {
-            name: constraint.name.clone(),
-            threshold: constraint.threshold,
-            rule: constraint.rule,
-            multiplier: multiplier.clone(),
-        }
-    }
-
-    fn rules(states: &[Self]) -> Value {
-        let rule = |state: &Self| serde_json::json!({"name": state.name, "threshold": state.threshold, "rule": state.rule});
-        states.iter().map(rule).collect()
-    }
-}
-
 impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
     /// Writes everything that the rest of the run depends on into `dir`: the trainable weights of
     /// policy and critics, the optimiser, the schedule, the KL coefficient, the scale of the scores,
     /// the multipliers of constraints, the place in the data and in the random numbers. Reference,
     /// reward and the constraints' models do not change, and are not written.
     ///
-    /// A kill in the midst of it leaves a mixture: see [`CheckpointStore`], or
+    /// A kill in the midst of it leaves a mixture: see [`CheckpointStore`](rlhf_core::CheckpointStore), or
     /// [`train_with_checkpoints`](Self::train_with_checkpoints).
     ///
     /// # Errors
@@ -72,7 +45,7 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
             completions_done: self.completions_done,
             kl_coef: self.kl.kl_coef(),
             score_moments: self.moments,
-            constraints: self.constraint_states(),
+            constraints: self.constraints.states(),
             pretraining: self.pretraining.as_ref().map(|data| data.cursor.clone()),
             cursor: self.cursor.clone(),
         };
@@ -104,14 +77,8 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
             saved,
             current,
         };
-        let saved = ConstraintState::rules(&state.constraints);
-        let current = ConstraintState::rules(&self.constraint_states());
-        if saved != current {
-            return Err(mismatch(
-                "constraints",
-                saved.to_string(),
-                current.to_string(),
-            ));
+        if let Some((saved, current)) = self.constraints.difference(&state.constraints) {
+            return Err(mismatch("constraints", saved, current));
         }
         match (&state.pretraining, &self.pretraining) {
             (None, None) => {}
@@ -127,36 +94,12 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
             pretraining.cursor = cursor;
         }
         self.moments = state.score_moments;
-        self.multipliers = state
-            .constraints
-            .into_iter()
-            .map(|c| c.multiplier)
-            .collect();
+        self.constraints.restore(state.constraints);
         self.steps_done = state.steps_done;
         self.completions_done = state.completions_done;
         self.kl.restore(state.kl_coef);
         self.cursor = state.cursor;
         Ok(())
-    }
-
-    fn constraint_states(&self) -> Vec<ConstraintState> {
-        let constraints = self.constraints.iter().zip(&self.multipliers);
-        constraints
-            .map(|(c, m)| ConstraintState::of(c, m))
-            .collect()
-    }
-
-    /// Loads the newest checkpoint of `store`, if it is further than this trainer. Returns the
-    /// steps done.
-    ///
-    /// # Errors
-    /// Those of [`CheckpointStore::latest`] and [`load`](Self::load).
-    pub fn resume(&mut self, store: &CheckpointStore) -> Result<u64> {
-        match store.latest()? {
-            Some(Checkpoint { step, path }) if step > self.steps_done => self.load(&path)?,
-            _ => {}
-        }
-        Ok(self.steps_done)
     }
 }
 

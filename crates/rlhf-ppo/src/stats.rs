@@ -4,10 +4,11 @@ use rlhf_core::Stats;
 use tch::{Kind, Tensor};
 
 use crate::answers::answer_stats;
-use crate::{Constraint, ConstraintRule, Guarded, MinibatchStats, Rollout, UpdateGuards};
+use crate::constraints::Constraints;
+use crate::{Guarded, MinibatchStats, Rollout, UpdateGuards};
 
 /// Statistics of a rollout, over all its samples, used or not.
-pub(crate) fn rollout_stats(rollout: &Rollout, constraints: &[Constraint]) -> Stats {
+pub(crate) fn rollout_stats(rollout: &Rollout, constraints: &Constraints) -> Stats {
     let count = rollout.len() as f64;
     let kl = rollout.kl_per_sequence();
     let tokens = rollout.completions.batch.response_tokens() as f64;
@@ -28,15 +29,8 @@ pub(crate) fn rollout_stats(rollout: &Rollout, constraints: &[Constraint]) -> St
     ]
     .into_iter()
     .collect();
-    let scores = rollout
-        .scores
-        .iter::<f64>()
-        .map(Iterator::collect::<Vec<f64>>);
-    stats.extend(answer_stats(
-        "ppo",
-        &rollout.completions,
-        &scores.unwrap_or_default(),
-    ));
+    let scores = numbers(&rollout.scores);
+    stats.extend(answer_stats("ppo", &rollout.completions, &scores));
     if let Some(explained) = explained_variance(rollout) {
         stats.insert("ppo/value/explained_variance", explained);
     }
@@ -51,21 +45,12 @@ pub(crate) fn rollout_stats(rollout: &Rollout, constraints: &[Constraint]) -> St
             stats.insert("ppo/mismatch/weight", mean(&inside));
         }
     }
-    let key =
-        |constraint: &Constraint, what: &str| format!("ppo/constraint/{}/{what}", constraint.name);
-    for (constraint, costs) in constraints.iter().zip(&rollout.costs) {
-        let over = costs.gt(constraint.threshold).to_kind(Kind::Float);
-        stats.insert(key(constraint, "violation_rate"), mean(&over));
-        stats.insert(key(constraint, "mean_cost"), mean(costs));
-        if matches!(constraint.rule, ConstraintRule::SkipBatch { .. }) {
-            let skipped = rollout.skipped_by.as_ref() == Some(&constraint.name);
-            stats.insert(key(constraint, "batch_skipped"), f64::from(skipped));
-        }
-    }
+    let mut multipliers = vec![None; rollout.costs.len()];
     for estimate in &rollout.cost_estimates {
-        let multiplier = key(&constraints[estimate.constraint], "multiplier");
-        stats.insert(multiplier, estimate.multiplier.value());
+        multipliers[estimate.constraint] = Some(estimate.multiplier.clone());
     }
+    let skipped_by = rollout.skipped_by.as_deref();
+    stats.extend(constraints.stats("ppo", &rollout.costs, skipped_by, &multipliers));
     stats
 }
 
@@ -147,6 +132,11 @@ fn explained_variance(rollout: &Rollout) -> Option<f64> {
     let errors = &returns - rollout.values.masked_select(&mask);
     let total = variance(&returns);
     (total > 0.0).then(|| 1.0 - variance(&errors) / total)
+}
+
+/// A vector on the CPU.
+fn numbers(t: &Tensor) -> Vec<f64> {
+    Vec::<f64>::try_from(t.to_kind(Kind::Double)).unwrap_or_default()
 }
 
 fn mean(t: &Tensor) -> f64 {

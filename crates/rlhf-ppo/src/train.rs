@@ -1,13 +1,173 @@
-//! The loop over steps.
+//! The loop over steps, of every trainer that learns from what its policy writes to prompts.
 
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::Arc;
 
 use rlhf_core::{
-    CheckpointConfig, CheckpointStore, DataCursor, DataOrder, Event, Observer, Policy, notify,
+    Checkpoint, CheckpointConfig, CheckpointStore, DataCursor, DataOrder, Event, Observer, Policy,
+    Stats, notify,
 };
 
-use crate::{Critic, PpoTrainer, Result};
+use crate::{Critic, GrpoTrainer, PpoTrainer, Result};
+
+/// What the loop asks of a trainer.
+pub(crate) trait PromptTrainer {
+    /// Name of the run's part in events.
+    const PHASE: &'static str;
+
+    /// Seed of the prompts' order.
+    fn seed(&self) -> u64;
+    /// Prompts of a step.
+    fn batch_size(&self) -> usize;
+    fn steps_done(&self) -> u64;
+    /// The place in the prompts; `None` before the first step.
+    fn cursor(&mut self) -> &mut Option<DataCursor>;
+
+    /// A step on as many prompts as `wanted`, which `next` hands out; it may ask for more. A step
+    /// that fails changes nothing.
+    fn step_on(&mut self, wanted: usize, next: &mut NextPrompts<'_>) -> Result<Stats>;
+
+    fn save_to(&self, dir: &Path) -> Result<()>;
+    fn load_from(&mut self, dir: &Path) -> Result<()>;
+}
+
+/// Hands out that many prompts.
+pub(crate) type NextPrompts<'a> = dyn FnMut(usize) -> Vec<Arc<[i64]>> + 'a;
+
+/// Trains until `steps` steps are done; with checkpoints, from the newest one that is there.
+fn train<T: PromptTrainer>(
+    trainer: &mut T,
+    prompts: &[Arc<[i64]>],
+    steps: u64,
+    observers: &mut [Box<dyn Observer + '_>],
+    checkpoints: Option<&CheckpointConfig>,
+) -> Result<()> {
+    let mut store = None;
+    if let Some(CheckpointConfig { dir, every, keep }) = checkpoints {
+        if *every == 0 {
+            let reason = "at least 1 is needed";
+            return Err(rlhf_core::Error::config("checkpoints.every", 0, reason).into());
+        }
+        let opened = CheckpointStore::open(dir, *keep)?;
+        resume(trainer, &opened)?;
+        store = Some((opened, *every));
+    }
+    let mut stop = false;
+    while !stop && trainer.steps_done() < steps {
+        // Observers are told before the checkpoint is written: a resumed run may repeat what
+        // they were told, but never leaves a step out.
+        stop = train_step(trainer, prompts, steps, observers)?.is_break();
+        let done = trainer.steps_done();
+        if let Some((store, every)) = &store
+            && (stop || done == steps || done.is_multiple_of(*every))
+        {
+            store.save(done, |dir| trainer.save_to(dir))?;
+        }
+    }
+    Ok(())
+}
+
+fn train_step<T: PromptTrainer>(
+    trainer: &mut T,
+    prompts: &[Arc<[i64]>],
+    steps: u64,
+    observers: &mut [Box<dyn Observer + '_>],
+) -> Result<ControlFlow<()>> {
+    // Works on a copy of the cursor, so that a step that fails skips no prompt.
+    let mut cursor = match trainer.cursor() {
+        Some(cursor) => cursor.clone(),
+        None => DataCursor::new(trainer.seed(), prompts.len(), DataOrder::Shuffled)?,
+    };
+    cursor.check_items(prompts.len())?;
+    let stats = trainer.step_on(trainer.batch_size(), &mut |count| {
+        let batch = cursor.next_full_batch(count).into_iter();
+        batch.map(|i| Arc::clone(&prompts[i])).collect()
+    })?;
+    *trainer.cursor() = Some(cursor);
+    let event = Event {
+        step: trainer.steps_done(),
+        total_steps: Some(steps),
+        phase: T::PHASE,
+        stats: &stats,
+    };
+    Ok(notify(observers, &event)?)
+}
+
+/// Loads the newest checkpoint, if it is further than the trainer. Returns the steps done.
+fn resume<T: PromptTrainer>(trainer: &mut T, store: &CheckpointStore) -> Result<u64> {
+    match store.latest()? {
+        Some(Checkpoint { step, path }) if step > trainer.steps_done() => {
+            trainer.load_from(&path)?;
+        }
+        _ => {}
+    }
+    Ok(trainer.steps_done())
+}
+
+impl<P: Policy, V: Critic<P>> PromptTrainer for PpoTrainer<P, V> {
+    const PHASE: &'static str = "ppo";
+
+    fn seed(&self) -> u64 {
+        self.config.seed
+    }
+
+    fn batch_size(&self) -> usize {
+        self.config.batch_size
+    }
+
+    fn steps_done(&self) -> u64 {
+        self.steps_done
+    }
+
+    fn cursor(&mut self) -> &mut Option<DataCursor> {
+        &mut self.cursor
+    }
+
+    fn step_on(&mut self, wanted: usize, next: &mut NextPrompts<'_>) -> Result<Stats> {
+        self.step(&next(wanted))
+    }
+
+    fn save_to(&self, dir: &Path) -> Result<()> {
+        self.save(dir)
+    }
+
+    fn load_from(&mut self, dir: &Path) -> Result<()> {
+        self.load(dir)
+    }
+}
+
+impl<P: Policy> PromptTrainer for GrpoTrainer<P> {
+    const PHASE: &'static str = "grpo";
+
+    fn seed(&self) -> u64 {
+        self.config.seed
+    }
+
+    fn batch_size(&self) -> usize {
+        self.config.batch_size
+    }
+
+    fn steps_done(&self) -> u64 {
+        self.steps_done
+    }
+
+    fn cursor(&mut self) -> &mut Option<DataCursor> {
+        &mut self.cursor
+    }
+
+    fn step_on(&mut self, wanted: usize, next: &mut NextPrompts<'_>) -> Result<Stats> {
+        self.step_from(wanted, next)
+    }
+
+    fn save_to(&self, dir: &Path) -> Result<()> {
+        self.save(dir)
+    }
+
+    fn load_from(&mut self, dir: &Path) -> Result<()> {
+        self.load(dir)
+    }
+}
 
 impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
     /// Trains until `steps` steps are done, those that a loaded trainer had behind it included.
@@ -24,12 +184,7 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
         steps: u64,
         observers: &mut [Box<dyn Observer + '_>],
     ) -> Result<()> {
-        while self.steps_done < steps {
-            if self.train_step(prompts, steps, observers)?.is_break() {
-                break;
-            }
-        }
-        Ok(())
+        train(self, prompts, steps, observers, None)
     }
 
     /// [`train`](Self::train), with a checkpoint every so many steps and at the end, and going on
@@ -49,54 +204,62 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
         observers: &mut [Box<dyn Observer + '_>],
         checkpoints: &CheckpointConfig,
     ) -> Result<()> {
-        if checkpoints.every == 0 {
-            let reason = "at least 1 is needed";
-            return Err(rlhf_core::Error::config("checkpoints.every", 0, reason).into());
-        }
-        let store = CheckpointStore::open(&checkpoints.dir, checkpoints.keep)?;
-        self.resume(&store)?;
-        while self.steps_done < steps {
-            // Observers are told before the checkpoint is written: a resumed run may repeat what
-            // they were told, but never leaves a step out.
-            let stop = self.train_step(prompts, steps, observers)?.is_break();
-            let last = stop || self.steps_done == steps;
-            if last || self.steps_done.is_multiple_of(checkpoints.every) {
-                store.save(self.steps_done, |dir| self.save(dir))?;
-            }
-            if stop {
-                break;
-            }
-        }
-        Ok(())
+        train(self, prompts, steps, observers, Some(checkpoints))
     }
 
-    fn train_step(
+    /// Loads the newest checkpoint of `store`, if it is further than this trainer. Returns the
+    /// steps done.
+    ///
+    /// # Errors
+    /// Those of [`CheckpointStore::latest`] and [`load`](Self::load).
+    pub fn resume(&mut self, store: &CheckpointStore) -> Result<u64> {
+        resume(self, store)
+    }
+}
+
+impl<P: Policy> GrpoTrainer<P> {
+    /// Trains until `steps` steps are done, those that a loaded trainer had behind it included.
+    ///
+    /// Each step takes the next `batch_size` of the prompts, which every epoch visits in an order
+    /// of its own; with dynamic sampling, as many more as it needs. Observers are told after each
+    /// step, in phase `"grpo"`, and may end the run.
+    ///
+    /// # Errors
+    /// No prompts; other prompts than a loaded trainer was trained on; those of
+    /// [`step`](Self::step) and of the observers. What was done up to then stays.
+    pub fn train(
         &mut self,
         prompts: &[Arc<[i64]>],
         steps: u64,
         observers: &mut [Box<dyn Observer + '_>],
-    ) -> Result<ControlFlow<()>> {
-        // Works on a copy of the cursor, so that a step that fails skips no prompt.
-        let mut cursor = match &self.cursor {
-            Some(cursor) => cursor.clone(),
-            None => DataCursor::new(self.config.seed, prompts.len(), DataOrder::Shuffled)?,
-        };
-        cursor.check_items(prompts.len())?;
-        let batch: Vec<_> = cursor
-            .next_full_batch(self.config.batch_size)
-            .into_iter()
-            .map(|i| prompts[i].clone())
-            .collect();
-        let stats = self.step(&batch)?;
-        self.cursor = Some(cursor);
-        Ok(notify(
-            observers,
-            &Event {
-                step: self.steps_done,
-                total_steps: Some(steps),
-                phase: "ppo",
-                stats: &stats,
-            },
-        )?)
+    ) -> Result<()> {
+        train(self, prompts, steps, observers, None)
+    }
+
+    /// [`train`](Self::train), with a checkpoint every so many steps and at the end, and going on
+    /// from the newest that is there: a run that was killed, and is started again in the same
+    /// way, ends with the same weights as one that was left alone. For the metrics file, see
+    /// [`PpoTrainer::train_with_checkpoints`].
+    ///
+    /// # Errors
+    /// Those of [`train`](Self::train), of [`save`](Self::save) and [`load`](Self::load);
+    /// [`InvalidConfig`](rlhf_core::Error::InvalidConfig) if `checkpoints.every` is 0.
+    pub fn train_with_checkpoints(
+        &mut self,
+        prompts: &[Arc<[i64]>],
+        steps: u64,
+        observers: &mut [Box<dyn Observer + '_>],
+        checkpoints: &CheckpointConfig,
+    ) -> Result<()> {
+        train(self, prompts, steps, observers, Some(checkpoints))
+    }
+
+    /// Loads the newest checkpoint of `store`, if it is further than this trainer. Returns the
+    /// steps done.
+    ///
+    /// # Errors
+    /// Those of [`CheckpointStore::latest`] and [`load`](Self::load).
+    pub fn resume(&mut self, store: &CheckpointStore) -> Result<u64> {
+        resume(self, store)
     }
 }

@@ -9,11 +9,11 @@ use rlhf_core::{
 };
 use rlhf_scale::{ParamGroup, Updater};
 
+use crate::constraints::Constraints;
 use crate::pretraining::Pretraining;
-use crate::{Constraint, Critic, KlController, Multiplier, PpoConfig, Result, RunningMoments};
+use crate::{Constraint, Critic, KlController, PpoConfig, Result, RunningMoments};
 
 mod evaluate;
-mod safety_test;
 mod update;
 
 /// Trains a policy and a critic by PPO against a reward model, held to a reference by a KL
@@ -34,10 +34,8 @@ pub struct PpoTrainer<P, V> {
     pub(crate) value_model: V,
     reference: Box<dyn Policy>,
     reward: Box<dyn RewardModel>,
-    detokenizer: Option<Box<dyn Detokenize>>,
-    pub(crate) constraints: Vec<Constraint>,
-    /// One for each constraint; `None` where its rule has none.
-    pub(crate) multipliers: Vec<Option<Multiplier>>,
+    pub(crate) detokenizer: Option<Box<dyn Detokenize>>,
+    pub(crate) constraints: Constraints,
     pub(crate) moments: RunningMoments,
     pub(crate) pretraining: Option<Pretraining>,
     pub(crate) updater: Updater,
@@ -74,8 +72,7 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
             reference: Box::new(reference),
             reward: Box::new(reward),
             detokenizer: None,
-            constraints: Vec::new(),
-            multipliers: Vec::new(),
+            constraints: Constraints::default(),
             moments: RunningMoments::default(),
             pretraining: None,
             steps_done: 0,
@@ -99,11 +96,6 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
     /// a trainer that has trained.
     pub fn with_constraint(mut self, mut constraint: Constraint) -> Result<Self> {
         constraint.validate()?;
-        let taken = |other: &Constraint| other.name == constraint.name;
-        if self.constraints.iter().any(taken) {
-            let reason = "another constraint has this name";
-            return Err(CoreError::config("constraint.name", &constraint.name, reason).into());
-        }
         if self.steps_done > 0 || self.updater.step() > 0 {
             let reason = "is too late: add constraints before training and loading";
             return Err(CoreError::config("constraint", &constraint.name, reason).into());
@@ -111,13 +103,12 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
         if let Some(critic) = &mut constraint.critic {
             critic.disable_dropout();
         }
-        self.multipliers.push(constraint.multiplier());
-        self.constraints.push(constraint);
+        self.constraints.push(constraint)?;
         self.updater = updater(
             &self.config,
             &self.policy,
             &self.value_model,
-            &self.constraints,
+            self.constraints.all(),
         )?;
         Ok(self)
     }
@@ -185,13 +176,12 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
 
     /// The constraints, in the order they were added.
     pub fn constraints(&self) -> &[Constraint] {
-        &self.constraints
+        self.constraints.all()
     }
 
     /// The multiplier of the constraint of that name, where it has one.
     pub fn multiplier(&self, constraint: &str) -> Option<f64> {
-        let place = self.constraints.iter().position(|c| c.name == constraint)?;
-        self.multipliers[place].as_ref().map(Multiplier::value)
+        self.constraints.multiplier(constraint)
     }
 
     /// Updates done so far, those that were skipped included.

@@ -12,18 +12,54 @@ use std::time::{Duration, SystemTime};
 
 use common::bigram::{Bigram, STOP, TokenValue, letters};
 use rlhf_ppo::core::{CheckpointConfig, Sequence, constraint_fn, reward_fn};
+use rlhf_ppo::scale::Updater;
 use rlhf_ppo::tch::Tensor;
 use rlhf_ppo::{
-    Constraint, ConstraintRule, KlControl, LagrangianConfig, MissingEos, PpoConfig, PpoTrainer,
-    PtxConfig, ScoreScaling,
+    Constraint, ConstraintRule, DynamicSampling, GrpoConfig, GrpoTrainer, KlControl,
+    LagrangianConfig, MissingEos, PpoConfig, PpoTrainer, PtxConfig, ScoreScaling,
 };
 
 const STEPS: u64 = 40;
 const RUN: &str = "RLHF_PPO_KILLED_RUN";
 
-type Trainer = PpoTrainer<Bigram, TokenValue>;
+/// The bytes that a run in this folder ends with, resumed where one was killed in it.
+type Run = fn(&Path) -> Vec<u32>;
 
-fn trainer() -> Trainer {
+fn count(letter: char) -> impl Fn(&str, &str) -> f64 + 'static {
+    move |_, text| text.matches(letter).count() as f64
+}
+
+fn prompts() -> Vec<Arc<[i64]>> {
+    (0..20).map(|i| Arc::from([1 + i % 4, 1 + i / 7])).collect()
+}
+
+fn checkpoints(dir: &Path) -> CheckpointConfig {
+    CheckpointConfig {
+        dir: dir.to_path_buf(),
+        every: 1,
+        keep: 2,
+    }
+}
+
+/// All that training leaves behind, to the bit.
+fn bytes(updater: &Updater, numbers: &[f64]) -> Vec<u32> {
+    let mut bits: Vec<u32> = updater
+        .parameters()
+        .iter()
+        .flat_map(|(_, t)| {
+            let flat: Tensor = t.detach().contiguous().view(-1);
+            Vec::<f32>::try_from(flat).unwrap()
+        })
+        .map(f32::to_bits)
+        .collect();
+    for number in numbers {
+        let number = number.to_bits();
+        bits.extend([number as u32, (number >> 32) as u32]);
+    }
+    bits
+}
+
+fn ppo(dir: &Path) -> Vec<u32> {
     let mut config = PpoConfig {
         seed: 17,
         batch_size: 12,
@@ -50,7 +86,6 @@ fn trainer() -> Trainer {
     config.guards.max_mean_ratio = Some(5.0);
     config.update.optimizer.lr = 0.02;
     let config = config.annealed(STEPS);
-    let count = |letter: char| move |_: &str, text: &str| text.matches(letter).count() as f64;
     let texts = (0..7)
         .map(|i| Sequence::new([1 + i % 4], [4, 1 + i % 3]))
         .collect();
@@ -59,7 +94,7 @@ fn trainer() -> Trainer {
         ..LagrangianConfig::default()
     };
     let (policy, critic) = (Bigram::new(), TokenValue::new());
-    PpoTrainer::new(
+    let mut trainer = PpoTrainer::new(
         config,
         policy,
         critic,
@@ -83,53 +118,80 @@ fn trainer() -> Trainer {
     )
     .unwrap()
     .with_pretraining(texts)
-    .unwrap()
+    .unwrap();
+    trainer
+        .train_with_checkpoints(&prompts(), STEPS, &mut [], &checkpoints(dir))
+        .unwrap();
+    assert_eq!(trainer.steps_done(), STEPS);
+    let numbers = [trainer.kl_coef(), trainer.multiplier("e").unwrap()];
+    assert!(numbers[1] != 1.0);
+    bytes(trainer.updater(), &numbers)
 }
 
-fn run(dir: &Path) -> Trainer {
-    let prompts: Vec<Arc<[i64]>> = (0..20).map(|i| Arc::from([1 + i % 4, 1 + i / 7])).collect();
-    let mut trainer = trainer();
-    let checkpoints = CheckpointConfig {
-        dir: dir.to_path_buf(),
-        every: 1,
-        keep: 2,
+fn grpo(dir: &Path) -> Vec<u32> {
+    let mut config = GrpoConfig {
+        seed: 23,
+        batch_size: 5,
+        num_iterations: 2,
+        minibatches: 2,
+        microbatch_size: 7,
+        dynamic_sampling: Some(DynamicSampling { max_rounds: 3 }),
+        ..GrpoConfig::grpo()
     };
-    trainer
-        .train_with_checkpoints(&prompts, STEPS, &mut [], &checkpoints)
+    config.generation.samples_per_prompt = 4;
+    config.generation.max_new_tokens = 6;
+    config.generation.stop_token_ids = vec![STOP];
+    config.update.optimizer.lr = 0.02;
+    let lagrangian = LagrangianConfig {
+        window: 30,
+        ..LagrangianConfig::default()
+    };
+    let price = Constraint::new("e", constraint_fn(count('e')), 0.2)
+        .with_rule(ConstraintRule::Lagrangian(lagrangian));
+    let reward = reward_fn(count('c'));
+    let mut trainer = GrpoTrainer::with_reference(config, Bigram::new(), Bigram::frozen(), reward)
+        .unwrap()
+        .with_detokenizer(letters)
+        .with_constraint(price)
         .unwrap();
     trainer
+        .train_with_checkpoints(&prompts(), STEPS, &mut [], &checkpoints(dir))
+        .unwrap();
+    assert_eq!(trainer.steps_done(), STEPS);
+    let price = trainer.multiplier("e").unwrap();
+    assert!(price != 1.0);
+    bytes(trainer.updater(), &[price])
 }
 
-/// All that training leaves behind, to the bit.
-fn bytes(trainer: &Trainer) -> Vec<u32> {
-    let parameters = trainer.updater().parameters().iter();
-    let mut bits: Vec<u32> = parameters
-        .flat_map(|(_, t)| {
-            let flat: Tensor = t.detach().contiguous().view(-1);
-            Vec::<f32>::try_from(flat).unwrap()
-        })
-        .map(f32::to_bits)
-        .collect();
-    for number in [trainer.kl_coef(), trainer.multiplier("e").unwrap()] {
-        let number = number.to_bits();
-        bits.extend([number as u32, (number >> 32) as u32]);
-    }
-    bits
-}
-
-/// The child process of the next test: nothing without the variable.
+/// The child process of the tests below: nothing without the variable.
 #[test]
-fn child() {
+fn ppo_child() {
     if let Ok(dir) = std::env::var(RUN) {
-        run(dir.as_ref());
+        ppo(dir.as_ref());
+    }
+}
+
+/// As `ppo_child`.
+#[test]
+fn grpo_child() {
+    if let Ok(dir) = std::env::var(RUN) {
+        grpo(dir.as_ref());
     }
 }
 
 #[test]
-fn a_run_killed_at_random_moments_ends_with_the_same_bytes() {
+fn ppo_killed_at_random_moments_ends_with_the_same_bytes() {
+    killed_at_random_moments(ppo, "ppo_child");
+}
+
+#[test]
+fn grpo_killed_at_random_moments_ends_with_the_same_bytes() {
+    killed_at_random_moments(grpo, "grpo_child");
+}
+
+fn killed_at_random_moments(run: Run, child: &str) {
     let alone = tempfile::tempdir().unwrap();
     let whole = run(alone.path());
-    assert!(whole.multiplier("e").unwrap() != 1.0);
     // The moments are the clock's; the test holds for all of them.
     let now = SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH)
@@ -140,7 +202,7 @@ fn a_run_killed_at_random_moments_ends_with_the_same_bytes() {
     for attempt in 0.. {
         assert!(attempt < 300, "the run does not get done");
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child", "--test-threads=1"])
+            .args(["--exact", child, "--test-threads=1"])
             .env(RUN, dir.path())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -160,7 +222,5 @@ fn a_run_killed_at_random_moments_ends_with_the_same_bytes() {
         kills += 1;
     }
     assert!(kills > 0, "the run was over before it could be killed");
-    let resumed = run(dir.path());
-    assert_eq!(resumed.steps_done(), STEPS);
-    assert_eq!(bytes(&resumed), bytes(&whole), "after {kills} kills");
+    assert_eq!(run(dir.path()), whole, "after {kills} kills");
 }

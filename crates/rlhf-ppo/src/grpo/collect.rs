@@ -7,6 +7,7 @@ use rlhf_core::{Completions, Error as CoreError, Policy, Sequence, SequenceBatch
 use super::config::Unscored;
 use super::rollout::SampledPrompts;
 use super::trainer::GrpoTrainer;
+use crate::train::NextPrompts;
 use crate::{Error, Result, completions, measure};
 
 /// Answers with their scores, and which of the rewards gave them.
@@ -46,11 +47,7 @@ impl<P: Policy> GrpoTrainer<P> {
     /// answers all have the same scores are dropped, and as many others sampled in
     /// their place, until there are enough, no prompt is left, or the rounds are used up. A step
     /// makes do with fewer then; where not one is left, with the last answers, unlearnt from.
-    pub(super) fn collect(
-        &mut self,
-        wanted: usize,
-        next: &mut dyn FnMut(usize) -> Vec<Arc<[i64]>>,
-    ) -> Result<Judged> {
+    pub(super) fn collect(&mut self, wanted: usize, next: &mut NextPrompts<'_>) -> Result<Judged> {
         let group = self.config.group_size();
         let Some(dynamic) = self.config.dynamic_sampling else {
             let scored = self.sample(&next(wanted))?;

@@ -3,6 +3,8 @@
 use rlhf_core::{Completions, KeptTokens, SequenceBatch};
 use tch::{Kind, Tensor};
 
+use crate::Multiplier;
+
 /// Several answers to each prompt, judged and turned into advantages. The answers to one prompt
 /// are neighbours.
 ///
@@ -13,15 +15,23 @@ pub struct GroupRollout {
     pub completions: Completions,
     /// Answers to each prompt, `G`.
     pub group_size: usize,
-    /// Which answers take part in the update: not those without a score, not those that were cut
-    /// where [`Truncated::Mask`](crate::Truncated::Mask) says so.
+    /// Which answers take part in the update: not those without a score, not those that a
+    /// constraint forbids, not those that were cut where
+    /// [`Truncated::Mask`](crate::Truncated::Mask) says so.
     pub used: Vec<bool>,
     /// The tokens that take part. Bool.
     pub mask: Tensor,
     /// What each reward model said, in the order of the trainer's, one number for each answer.
     pub scores: Vec<Vec<f64>>,
+    /// What each constraint's model said, in the order of the trainer's, one number for each
+    /// answer.
+    pub costs: Vec<Vec<f64>>,
+    /// The constraint that keeps the whole batch out of the update.
+    pub skipped_by: Option<String>,
+    /// The price of each constraint that has one, these answers taken in.
+    pub(crate) multipliers: Vec<Option<Multiplier>>,
     /// The weighted sums of the scores, clipped, with the penalties of length and of a missing
-    /// EOS, less a KL penalty in the reward.
+    /// EOS, less a KL penalty in the reward and the price of the costs.
     pub rewards: Vec<f64>,
     /// One for each answer.
     pub advantages: Vec<f64>,

@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
-use rlhf_core::{Checkpoint, CheckpointStore, DataCursor, Error as CoreError, Policy};
+use rlhf_core::{DataCursor, Error as CoreError, Policy};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::trainer::GrpoTrainer;
+use crate::constraints::ConstraintState;
 use crate::state::{config_json, corrupt, first_difference};
 use crate::{Error, Result};
 
@@ -19,6 +20,8 @@ struct State {
     config: Value,
     /// Names and weights of the rewards.
     rewards: Vec<(String, f64)>,
+    #[serde(default)] // of a time before GRPO had any
+    constraints: Vec<ConstraintState>,
     steps_done: u64,
     completions_done: u64,
     cursor: Option<DataCursor>,
@@ -26,10 +29,10 @@ struct State {
 
 impl<P: Policy> GrpoTrainer<P> {
     /// Writes everything that the rest of the run depends on into `dir`: the trainable weights,
-    /// the optimiser, the schedule, the place in the data and in the random numbers. Reference and
-    /// rewards do not change, and are not written.
+    /// the optimiser, the schedule, the multipliers of constraints, the place in the data and in the random numbers. Reference,
+    /// rewards and the constraints' models do not change, and are not written.
     ///
-    /// A kill in the midst of it leaves a mixture: see [`CheckpointStore`], or
+    /// A kill in the midst of it leaves a mixture: see [`CheckpointStore`](rlhf_core::CheckpointStore), or
     /// [`train_with_checkpoints`](Self::train_with_checkpoints).
     ///
     /// # Errors
@@ -40,6 +43,7 @@ impl<P: Policy> GrpoTrainer<P> {
         let state = State {
             config: config_json(&self.config, &path)?,
             rewards: self.reward_weights(),
+            constraints: self.constraints.states(),
             steps_done: self.steps_done,
             completions_done: self.completions_done,
             cursor: self.cursor.clone(),
@@ -51,7 +55,8 @@ impl<P: Policy> GrpoTrainer<P> {
     /// Restores bit for bit what [`save`](Self::save) wrote.
     ///
     /// # Errors
-    /// [`Error::ConfigMismatch`] if it was saved under other options or with other rewards, and
+    /// [`Error::ConfigMismatch`] if it was saved under other options or with other rewards
+    /// or constraints, and
     /// the usual errors of files that are missing, damaged or of another model. Nothing is changed
     /// then.
     pub fn load(&mut self, dir: &Path) -> Result<()> {
@@ -69,6 +74,10 @@ impl<P: Policy> GrpoTrainer<P> {
                 show(&rewards),
             )));
         }
+        let constraints = self.constraints.difference(&state.constraints);
+        difference = difference.or_else(|| {
+            constraints.map(|(saved, current)| ("constraints".to_string(), saved, current))
+        });
         if let Some((field, saved, current)) = difference {
             return Err(Error::ConfigMismatch {
                 path,
@@ -78,23 +87,11 @@ impl<P: Policy> GrpoTrainer<P> {
             });
         }
         self.updater.load(dir)?;
+        self.constraints.restore(state.constraints);
         self.steps_done = state.steps_done;
         self.completions_done = state.completions_done;
         self.cursor = state.cursor;
         Ok(())
-    }
-
-    /// Loads the newest checkpoint of `store`, if it is further than this trainer. Returns the
-    /// steps done.
-    ///
-    /// # Errors
-    /// Those of [`CheckpointStore::latest`] and [`load`](Self::load).
-    pub fn resume(&mut self, store: &CheckpointStore) -> Result<u64> {
-        match store.latest()? {
-            Some(Checkpoint { step, path }) if step > self.steps_done => self.load(&path)?,
-            _ => {}
-        }
-        Ok(self.steps_done)
     }
 
     fn reward_weights(&self) -> Vec<(String, f64)> {

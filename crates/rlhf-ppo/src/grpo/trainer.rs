@@ -20,7 +20,10 @@ use super::rollout::{GroupRollout, RowWeights};
 use super::stats;
 use crate::measure::Forward;
 use crate::order::{parts, shuffled};
-use crate::{Error, OldLogprobs, Result, measure};
+use crate::train::NextPrompts;
+
+use crate::constraints::Constraints;
+use crate::{Constraint, ConstraintRule, Error, Multiplier, OldLogprobs, Result, measure};
 
 /// Trains a policy on the rewards of several answers to each prompt, which are each other's
 /// baseline: no critic.
@@ -75,22 +78,23 @@ use crate::{Error, OldLogprobs, Result, measure};
 /// # }
 /// ```
 pub struct GrpoTrainer<P> {
-    pub(super) config: GrpoConfig,
-    pub(super) policy: P,
+    pub(crate) config: GrpoConfig,
+    pub(crate) policy: P,
     reference: Option<Box<dyn Policy>>,
-    pub(super) rewards: Vec<WeightedReward>,
-    pub(super) detokenizer: Option<Box<dyn Detokenize>>,
-    pub(super) updater: Updater,
-    pub(super) steps_done: u64,
-    pub(super) completions_done: u64,
-    pub(super) cursor: Option<DataCursor>,
+    pub(crate) rewards: Vec<WeightedReward>,
+    pub(crate) constraints: Constraints,
+    pub(crate) detokenizer: Option<Box<dyn Detokenize>>,
+    pub(crate) updater: Updater,
+    pub(crate) steps_done: u64,
+    pub(crate) completions_done: u64,
+    pub(crate) cursor: Option<DataCursor>,
 }
 
 /// One of the rewards.
-pub(super) struct WeightedReward {
-    pub(super) name: String,
-    pub(super) weight: f64,
-    pub(super) model: Box<dyn RewardModel>,
+pub(crate) struct WeightedReward {
+    pub(crate) name: String,
+    pub(crate) weight: f64,
+    pub(crate) model: Box<dyn RewardModel>,
 }
 
 impl<P: Policy> GrpoTrainer<P> {
@@ -141,6 +145,7 @@ impl<P: Policy> GrpoTrainer<P> {
                 weight: 1.0,
                 model: reward,
             }],
+            constraints: Constraints::default(),
             detokenizer: None,
             steps_done: 0,
             completions_done: 0,
@@ -184,6 +189,34 @@ impl<P: Policy> GrpoTrainer<P> {
         Ok(self)
     }
 
+    /// Adds a constraint. Any number of them hold together. An answer that is skipped is in no
+    /// baseline either. A [`Lagrangian`](ConstraintRule::Lagrangian) is given
+    /// [`with_rule`](Constraint::with_rule), without a critic: the answers' rewards become
+    /// `(r − Σ λ cost) / (1 + Σ λ)`, and their advantages with them.
+    ///
+    /// # Errors
+    /// A threshold or rule that makes no sense; a name that another constraint has; a critic; a
+    /// trainer that has trained; a rule that changes the rewards under
+    /// [`RewardMix::NormalizeThenSum`], which has no sum to change.
+    pub fn with_constraint(mut self, constraint: Constraint) -> Result<Self> {
+        constraint.validate_without_critic()?;
+        let on_the_sum = matches!(
+            constraint.rule,
+            ConstraintRule::Shaping { .. } | ConstraintRule::Lagrangian(_)
+        );
+        if on_the_sum && self.config.mix == RewardMix::NormalizeThenSum {
+            let reason = "there is no summed reward to take a cost off under \
+                          RewardMix::NormalizeThenSum: make the cost a reward of negative weight";
+            return Err(CoreError::config("constraint.rule", &constraint.name, reason).into());
+        }
+        if self.steps_done > 0 {
+            let reason = "is too late: add constraints before training and loading";
+            return Err(CoreError::config("constraint", &constraint.name, reason).into());
+        }
+        self.constraints.push(constraint)?;
+        Ok(self)
+    }
+
     /// One step: answers to `prompts`, and an update on them. With dynamic sampling, prompts whose
     /// answers all score the same are dropped, and there are no others: see
     /// [`train`](Self::train).
@@ -192,15 +225,11 @@ impl<P: Policy> GrpoTrainer<P> {
     /// Those of [`rollout`](Self::rollout) and [`update`](Self::update).
     pub fn step(&mut self, prompts: &[Arc<[i64]>]) -> Result<Stats> {
         let mut given = Some(prompts.to_vec());
-        self.step_on(prompts.len(), &mut |_| given.take().unwrap_or_default())
+        self.step_from(prompts.len(), &mut |_| given.take().unwrap_or_default())
     }
 
     /// A step on as many prompts as `wanted`, which `next` hands out.
-    pub(super) fn step_on(
-        &mut self,
-        wanted: usize,
-        next: &mut dyn FnMut(usize) -> Vec<Arc<[i64]>>,
-    ) -> Result<Stats> {
+    pub(crate) fn step_from(&mut self, wanted: usize, next: &mut NextPrompts<'_>) -> Result<Stats> {
         let start = Instant::now();
         let before = self.completions_done;
         let rollout = self
@@ -295,9 +324,18 @@ impl<P: Policy> GrpoTrainer<P> {
             .map(|model| measure::logprobs(what, model, &completions, forward))
             .transpose()?;
 
-        // 4. One reward for each answer: the scores weighted and summed, penalties, the KL.
+        // 4. One reward for each answer: the scores weighted and summed, penalties, the KL, and
+        //    what the constraints charge. What they forbid counts nowhere.
         let weights: Vec<f64> = self.rewards.iter().map(|r| r.weight).collect();
         let mixed = mixed_rewards(&scores, &weights)?;
+        let costs = self.constraints.costs(&completions)?;
+        let verdict = self.constraints.verdict(&costs, batch.len());
+        let counted: Vec<bool> = mixed
+            .counted
+            .iter()
+            .zip(&verdict.allowed)
+            .map(|(scored, allowed)| *scored && *allowed)
+            .collect();
         let mut rewards = mixed.rewards;
         if let Some((low, high)) = config.reward_clip {
             rewards.iter_mut().for_each(|r| *r = r.clamp(low, high));
@@ -324,10 +362,15 @@ impl<P: Policy> GrpoTrainer<P> {
             }
         }
 
+        for (reward, penalty) in rewards.iter_mut().zip(&verdict.penalty) {
+            *reward -= penalty;
+        }
+        priced(&mut rewards, &costs, &verdict.multipliers);
+
         // 5. Advantages: each answer against the others to its prompt.
         let estimate = group_advantages(&GroupAdvantagesInput {
             rewards: &rewards,
-            counted: &mixed.counted,
+            counted: &counted,
             group_size: config.group_size(),
             baseline: config.baseline,
             scale: config.scale,
@@ -335,13 +378,13 @@ impl<P: Policy> GrpoTrainer<P> {
         let advantages = match config.mix {
             RewardMix::Sum => estimate.advantages,
             RewardMix::NormalizeThenSum => {
-                normalized_sum(&scores, &weights, &mixed.counted, config.group_size())?
+                normalized_sum(&scores, &weights, &counted, config.group_size())?
             }
         };
         let used: Vec<bool> = completions
             .finish_reasons
             .iter()
-            .zip(&mixed.counted)
+            .zip(&counted)
             .map(|(finish, counted)| {
                 let cut = *finish == rlhf_core::FinishReason::Length;
                 learn && *counted && !(cut && config.truncated == Truncated::Mask)
@@ -352,7 +395,10 @@ impl<P: Policy> GrpoTrainer<P> {
             mask: batch.response_mask(Device::Cpu).logical_and(&used_rows),
             group_size: config.group_size(),
             used,
+            skipped_by: verdict.skipped_by,
             scores,
+            costs,
+            multipliers: verdict.multipliers,
             rewards,
             advantages,
             group_std: estimate.group_std,
@@ -387,11 +433,17 @@ impl<P: Policy> GrpoTrainer<P> {
         }
         let lr = done.last().map_or_else(|| self.updater.lr(), |m| m.lr);
         let mut stats = stats::rollout_stats(rollout, &self.config, &self.rewards);
+        let skipped_by = rollout.skipped_by.as_deref();
+        let (costs, multipliers) = (&rollout.costs, &rollout.multipliers);
+        let constraints = &mut self.constraints;
+        stats.extend(constraints.stats("grpo", costs, skipped_by, multipliers));
         stats.extend(stats::update_stats(rollout, &done, lr));
         for reward in &self.rewards {
             let report = reward.model.take_report().into_iter();
             stats.extend(report.map(|(name, value)| (format!("grpo/judge/{name}"), value)));
         }
+        // 8. The prices of the constraints are those of this rollout.
+        constraints.go_on_with(multipliers);
         self.steps_done += 1;
         Ok(stats)
     }
@@ -491,6 +543,16 @@ impl<P: Policy> GrpoTrainer<P> {
         self.rewards[0].model.as_ref()
     }
 
+    /// The constraints, in the order they were added.
+    pub fn constraints(&self) -> &[Constraint] {
+        self.constraints.all()
+    }
+
+    /// The multiplier of the constraint of that name, where it has one.
+    pub fn multiplier(&self, constraint: &str) -> Option<f64> {
+        self.constraints.multiplier(constraint)
+    }
+
     /// Updates done so far, those that were skipped included.
     pub fn steps_done(&self) -> u64 {
         self.steps_done
@@ -500,6 +562,22 @@ impl<P: Policy> GrpoTrainer<P> {
     pub fn into_policy(self) -> P {
         self.policy
     }
+}
+
+/// `(r − Σ λ cost) / (1 + Σ λ)`, over the constraints that have a price: see
+/// [`lagrangian_advantages`](crate::lagrangian_advantages). Advantages are linear in the rewards.
+fn priced(rewards: &mut [f64], costs: &[Vec<f64>], multipliers: &[Option<Multiplier>]) {
+    let mut weights = 1.0;
+    for (costs, multiplier) in costs.iter().zip(multipliers) {
+        let Some(price) = multiplier.as_ref().map(Multiplier::value) else {
+            continue;
+        };
+        for (reward, cost) in rewards.iter_mut().zip(costs) {
+            *reward -= price * cost;
+        }
+        weights += price;
+    }
+    rewards.iter_mut().for_each(|reward| *reward /= weights);
 }
 
 /// A function of scores on their tensor, on numbers.

@@ -7,10 +7,9 @@ use tch::{Device, Kind, Tensor};
 
 use crate::measure::{self, Forward};
 use crate::{
-    ConstraintRule, CostEstimate, Critic, GaeInput, KlPlacement, LagrangianInput,
-    LogprobTemperature, OldLogprobs, PpoTrainer, Result, Rollout, RunningMoments, SamplerMismatch,
-    ScoreScaling, ShapedRewards, ShapedRewardsInput, Whitening, completions, gae,
-    lagrangian_advantages, shaped_rewards,
+    CostEstimate, Critic, GaeInput, KlPlacement, LagrangianInput, LogprobTemperature, OldLogprobs,
+    PpoTrainer, Result, Rollout, RunningMoments, SamplerMismatch, ScoreScaling, ShapedRewards,
+    ShapedRewardsInput, Whitening, completions, gae, lagrangian_advantages, shaped_rewards,
 };
 
 impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
@@ -46,14 +45,12 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
         // 2. Each response is scored; constraints say what must not be learnt from, or what a cost
         //    takes off the score.
         let scores = measure::scores(self.reward.as_ref(), &completions)?;
-        let costs = self
-            .constraints
-            .iter()
-            .map(|constraint| measure::costs(constraint, &completions))
-            .collect::<Result<Vec<_>>>()?;
-        let (used, skipped_by) = self.used(&costs, batch.len());
+        let costs = self.constraints.costs(&completions)?;
+        let verdict = self.constraints.verdict(&costs, batch.len());
+        let used = verdict.allowed;
         let mut moments = self.moments;
-        let final_scores = self.final_scores(&scores, &costs, &completions, &mut moments)?;
+        let final_scores =
+            self.final_scores(&scores, &verdict.penalty, &completions, &mut moments)?;
 
         // 3. Log-probabilities of policy and reference, and values, of every token.
         let forward = Forward {
@@ -130,13 +127,11 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
         };
         let of_reward = estimate(&rewards, &values)?;
         let (mut cost_estimates, mut cost_advantages) = (Vec::new(), Vec::new());
-        for (place, constraint) in self.constraints.iter().enumerate() {
-            let (Some(critic), Some(multiplier)) = (&constraint.critic, &self.multipliers[place])
-            else {
+        let prices = self.constraints.all().iter().zip(verdict.multipliers);
+        for (place, (constraint, multiplier)) in prices.enumerate() {
+            let (Some(critic), Some(multiplier)) = (&constraint.critic, multiplier) else {
                 continue;
             };
-            let mut multiplier = multiplier.clone();
-            multiplier.observe(&costs[place], constraint.threshold);
             // The penalty raises every cost as it lowers the reward, so that their sum, divided by
             // its weights, holds it once.
             let shaped = shape(&float(&costs[place]), -penalty)?;
@@ -170,7 +165,7 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
             mask,
             value_mask: shaped.mask,
             used,
-            skipped_by,
+            skipped_by: verdict.skipped_by,
             logprobs,
             ref_logprobs,
             mismatch,
@@ -180,7 +175,7 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
             values,
             scores,
             final_scores,
-            costs: costs.iter().map(|costs| float(costs)).collect(),
+            costs,
             rewards,
             advantages,
             returns: of_reward.returns,
@@ -190,35 +185,12 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
         })
     }
 
-    /// Which samples may be learnt from, and the constraint that forbids all of them.
-    fn used(&self, costs: &[Vec<f64>], rows: usize) -> (Vec<bool>, Option<String>) {
-        let mut used = vec![true; rows];
-        let mut skipped_by = None;
-        for (constraint, costs) in self.constraints.iter().zip(costs) {
-            match constraint.rule {
-                ConstraintRule::SkipSample => {
-                    for (used, cost) in used.iter_mut().zip(costs) {
-                        *used &= *cost <= constraint.threshold;
-                    }
-                }
-                ConstraintRule::SkipBatch { max_violation_rate } => {
-                    if constraint.violation_rate(costs) > max_violation_rate {
-                        used.fill(false);
-                        skipped_by.get_or_insert_with(|| constraint.name.clone());
-                    }
-                }
-                ConstraintRule::Shaping { .. } | ConstraintRule::Lagrangian(_) => {}
-            }
-        }
-        (used, skipped_by)
-    }
-
     /// Scores on the scale of those before, clipped, after the rule for a missing EOS, less what
     /// length and costs take off.
     fn final_scores(
         &self,
         scores: &Tensor,
-        costs: &[Vec<f64>],
+        penalty: &[f64],
         completions: &Completions,
         moments: &mut RunningMoments,
     ) -> Result<Tensor> {
@@ -240,15 +212,12 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
         let mut scores = config
             .missing_eos
             .apply(&clipped, &completions.finish_reasons)?;
-        if let Some(penalty) = &config.length_penalty {
+        if let Some(too_long) = &config.length_penalty {
             let most = config.generation.max_new_tokens;
-            scores -= penalty.of_batch(&completions.batch, most);
+            scores -= too_long.of_batch(&completions.batch, most);
         }
-        for (constraint, costs) in self.constraints.iter().zip(costs) {
-            if let ConstraintRule::Shaping { coef } = constraint.rule {
-                let above = (float(costs) - constraint.threshold).clamp_min(0.0);
-                scores -= above * coef;
-            }
+        if penalty.iter().any(|penalty| *penalty != 0.0) {
+            scores -= float(penalty);
         }
         Ok(scores)
     }

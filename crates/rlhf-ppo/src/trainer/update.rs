@@ -59,7 +59,8 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
         self.kl.observe(rollout.kl_per_sequence(), rollout.len());
         self.moments = rollout.moments;
         for estimate in &rollout.cost_estimates {
-            self.multipliers[estimate.constraint] = Some(estimate.multiplier.clone());
+            self.constraints
+                .set_multiplier(estimate.constraint, &estimate.multiplier);
         }
         self.steps_done += 1;
         Ok(stats)
@@ -132,10 +133,11 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
         texts: Option<&Texts>,
     ) -> Result<MinibatchStats> {
         let config = &self.config;
-        let critics = rollout
-            .cost_estimates
-            .iter()
-            .filter_map(|estimate| self.constraints[estimate.constraint].critic.as_deref());
+        let critics = rollout.cost_estimates.iter().filter_map(|estimate| {
+            self.constraints.all()[estimate.constraint]
+                .critic
+                .as_deref()
+        });
         let learners = Learners {
             policy: &self.policy,
             critic: &self.value_model,

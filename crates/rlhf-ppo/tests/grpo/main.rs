@@ -5,6 +5,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod constraints;
 mod pieces;
 mod reference_runs;
 mod trainer;
