@@ -51,7 +51,7 @@ pub(crate) fn prepare_cached(work: &Work) -> Result<Prepared> {
 fn config(work: &Work) -> DpoConfig {
     DpoConfig {
         update: models::update(),
-        microbatch_size: work.batch,
+        microbatch_size: work.microbatch(),
         ..DpoConfig::default()
     }
 }

@@ -70,7 +70,7 @@ pub(crate) fn prepare(work: &Work) -> Result<Prepared> {
     );
     let mut config = GrpoConfig {
         batch_size: per_step,
-        microbatch_size: work.batch,
+        microbatch_size: work.microbatch(),
         kl: KlPenalty::InLoss {
             kl_coef: KL_COEF,
             estimator: KlEstimator::K3,

@@ -44,6 +44,10 @@ struct Options {
     /// Prompts a step.
     #[arg(long, default_value_t = 8)]
     batch: usize,
+    /// Items that ours computes at a time, its update being that of the whole batch; the batch if not
+    /// given (PPO: half of it). Fewer take less memory.
+    #[arg(long)]
+    microbatch: Option<usize>,
     /// Steps of each process; the first is a warm-up and does not count.
     #[arg(long, default_value_t = 6)]
     steps: usize,
@@ -112,10 +116,22 @@ struct Work {
     task: Task,
     dtype: Dtype,
     batch: usize,
+    microbatch: Option<usize>,
     steps: usize,
     threads: i32,
     model: PathBuf,
     pairs: PathBuf,
+}
+
+impl Work {
+    /// Items that ours computes at a time.
+    fn microbatch(&self) -> usize {
+        self.microbatch.unwrap_or(match self.task {
+            // Half of the activations, at the same speed.
+            Task::Ppo | Task::PpoShared => self.batch.div_ceil(2),
+            _ => self.batch,
+        })
+    }
 }
 
 fn main() -> Result<()> {
@@ -133,6 +149,7 @@ fn main() -> Result<()> {
         task: options.task,
         dtype: options.dtype,
         batch: options.batch,
+        microbatch: options.microbatch,
         steps: options.steps,
         threads: options.threads,
         model: options

@@ -55,8 +55,7 @@ fn config(work: &Work) -> PpoConfig {
     let mut config = PpoConfig {
         batch_size: work.batch,
         ppo_epochs: EPOCHS,
-        // Half of the activations, at the same speed.
-        microbatch_size: work.batch.div_ceil(2),
+        microbatch_size: work.microbatch(),
         old_logprobs: OldLogprobs::Sampled,
         update: UpdateConfig {
             max_grad_norm: None,

@@ -20,7 +20,7 @@ pub(crate) fn prepare(work: &Work) -> Result<Prepared> {
     }
     let config = RewardConfig {
         update: models::update(),
-        microbatch_size: work.batch,
+        microbatch_size: work.microbatch(),
         ..RewardConfig::default()
     };
     let mut trainer = RewardTrainer::new(model, config)?;

@@ -21,7 +21,7 @@ pub(crate) fn prepare(work: &Work) -> Result<Prepared> {
         .collect();
     let config = SftConfig {
         update: models::update(),
-        microbatch_size: work.batch,
+        microbatch_size: work.microbatch(),
         ..SftConfig::default()
     };
     let mut trainer = SftTrainer::new(model, config)?;
