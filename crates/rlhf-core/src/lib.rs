@@ -80,6 +80,7 @@
 //! dependencies is enough.
 
 mod checkpoint;
+mod collective;
 mod completions;
 mod cursor;
 mod decoder;
@@ -102,6 +103,7 @@ mod sequence;
 mod stats;
 
 pub use checkpoint::{Checkpoint, CheckpointStore};
+pub use collective::{Collective, ParameterShards, PipelineStage, Reduction};
 pub use completions::{Completions, Detokenize, FinishReason, Text};
 pub use cursor::{DataCursor, DataOrder};
 pub use decoder::{Decoder, RecomputeDecoder};
@@ -123,7 +125,7 @@ pub use masked::{
 pub use observer::{Event, JsonlObserver, Observer, ProgressObserver, notify};
 pub use packed::{PackedBatch, Segment};
 pub use padded::PaddedBatch;
-pub use parameters::{Parameters, joined_parameters};
+pub use parameters::{Parameters, joined_parameters, joined_shards};
 pub use policy::{LogprobOptions, Policy};
 pub use preference::{Preference, PreferenceBatch};
 pub use rng::RngStreams;

@@ -2,6 +2,8 @@
 
 use tch::Tensor;
 
+use crate::ParameterShards;
+
 /// A model whose weights can be trained.
 pub trait Parameters {
     /// The trainable weights, sorted by name.
@@ -11,17 +13,31 @@ pub trait Parameters {
     /// tied to another goes under one name. Names are stable from run to run, because optimiser
     /// states and checkpoints are keyed by them.
     fn named_parameters(&self) -> Vec<(String, Tensor)>;
+
+    /// How the weights lie on several ranks, where a rank has only a part of the model. The gradient
+    /// norm of an update then counts what the other ranks have.
+    fn parameter_shards(&self) -> Option<ParameterShards> {
+        None
+    }
 }
 
 impl<P: Parameters + ?Sized> Parameters for &P {
     fn named_parameters(&self) -> Vec<(String, Tensor)> {
         (**self).named_parameters()
     }
+
+    fn parameter_shards(&self) -> Option<ParameterShards> {
+        (**self).parameter_shards()
+    }
 }
 
 impl<P: Parameters + ?Sized> Parameters for Box<P> {
     fn named_parameters(&self) -> Vec<(String, Tensor)> {
         (**self).named_parameters()
+    }
+
+    fn parameter_shards(&self) -> Option<ParameterShards> {
+        (**self).parameter_shards()
     }
 }
 
@@ -42,4 +58,12 @@ pub fn joined_parameters(parts: &[(&str, &dyn Parameters)]) -> Vec<(String, Tens
         .collect();
     joined.sort_by(|a, b| a.0.cmp(&b.0));
     joined
+}
+
+/// The [`ParameterShards`] of [`joined_parameters`], of parts that lie on the same ranks.
+pub fn joined_shards(parts: &[(&str, &dyn Parameters)]) -> Option<ParameterShards> {
+    parts
+        .iter()
+        .filter_map(|(prefix, part)| Some(part.parameter_shards()?.prefixed(prefix)))
+        .reduce(ParameterShards::and)
 }

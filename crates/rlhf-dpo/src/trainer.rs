@@ -47,7 +47,7 @@ impl<P: Policy> DpoTrainer<P> {
             ReferenceSync::check(&model, reference.model())?;
         }
         Ok(Self {
-            updater: Updater::new(model.named_parameters(), &config.update)?,
+            updater: Updater::of(&model, &config.update)?,
             model,
             reference,
             config,

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use rlhf_core::{
     DataCursor, Detokenize, Error as CoreError, Parameters, Policy, RewardModel, Sequence, Stats,
-    joined_parameters,
+    joined_parameters, joined_shards,
 };
 use rlhf_scale::{ParamGroup, Updater};
 
@@ -230,5 +230,7 @@ fn updater<P: Policy, V: Critic<P>>(
             ..ParamGroup::default()
         });
     }
-    Ok(Updater::new(joined_parameters(&parts), &update)?)
+    let mut updater = Updater::new(joined_parameters(&parts), &update)?;
+    updater.set_shards(joined_shards(&parts));
+    Ok(updater)
 }

@@ -89,7 +89,7 @@ impl<S: Scorer> CostTrainer<S> {
     pub fn new(model: S, config: CostConfig) -> Result<Self> {
         config.validate()?;
         Ok(Self {
-            updater: Updater::new(model.named_parameters(), &config.update)?,
+            updater: Updater::of(&model, &config.update)?,
             model,
             config,
         })

@@ -76,7 +76,7 @@ impl<S: Scorer> LabelTrainer<S> {
     pub fn new(model: S, config: LabelConfig) -> Result<Self> {
         config.validate()?;
         Ok(Self {
-            updater: Updater::new(model.named_parameters(), &config.update)?,
+            updater: Updater::of(&model, &config.update)?,
             model,
             config,
         })

@@ -122,7 +122,7 @@ impl<S: Scorer> RankingTrainer<S> {
     pub fn new(model: S, config: RankingConfig) -> Result<Self> {
         config.validate()?;
         Ok(Self {
-            updater: Updater::new(model.named_parameters(), &config.update)?,
+            updater: Updater::of(&model, &config.update)?,
             model,
             config,
         })

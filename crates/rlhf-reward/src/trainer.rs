@@ -123,7 +123,7 @@ impl<S: Scorer> RewardTrainer<S> {
     pub fn new(model: S, config: RewardConfig) -> Result<Self> {
         config.validate()?;
         Ok(Self {
-            updater: Updater::new(model.named_parameters(), &config.update)?,
+            updater: Updater::of(&model, &config.update)?,
             model,
             config,
             heads: Heads::ONE,

@@ -46,6 +46,18 @@ pub enum Error {
         /// Its strides.
         strides: Vec<i64>,
     },
+    /// Two stages of a pipeline are at different passes.
+    #[error(
+        "this stage is at pass {pass}, its neighbour at {}: all stages must make the same passes, and \
+         go back through them, in one order",
+        found.map_or("one without a gradient".into(), |found| found.to_string())
+    )]
+    PipelineOrder {
+        /// The pass of this stage.
+        pass: u64,
+        /// What the neighbour sent.
+        found: Option<u64>,
+    },
     /// A microbatch's loss has more or fewer than one element.
     #[error("the loss of microbatch {microbatch} is {shape:?}; reduce it to one number")]
     LossShape {

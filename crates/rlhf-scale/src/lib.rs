@@ -11,6 +11,8 @@
 //!   16-bit weights with f32 masters ([`Precision`]), dynamic loss scaling ([`LossScale`]), learning
 //!   rates and weight decay by parameter name ([`ParamGroup`]) and averaged weights
 //!   ([`EmaConfig`]).
+//! - [`enter_parallel`], [`leave_parallel`] and [`parallel_logprobs`] are what a model whose layers lie
+//!   on several ranks is made of.
 //! - [`StepMemory`] tells what a training step will need before it runs, and [`MemoryPlan::check`]
 //!   refuses what cannot fit; [`measure_memory`] counts what a piece of code really takes.
 //! - The update's parts stand on their own too: [`AdamW`], [`Schedule`], [`LossScaler`], [`Ema`],
@@ -54,8 +56,10 @@ mod linear_logprobs;
 mod loss_scale;
 mod memory;
 mod param_group;
+mod pipeline;
 mod precision;
 mod schedule;
+mod tensor_parallel;
 mod updater;
 
 pub use adamw::AdamW;
@@ -72,6 +76,7 @@ pub use gradients::{Norm, backward, clear_grads, clip_grad_norm, clip_grad_norm_
 pub use io::TensorProblem;
 pub use linear_logprobs::{
     LinearLogprobs, LinearLogprobsInput, LinearTokenLoss, linear_logprobs, linear_token_loss,
+    parallel_logprobs, parallel_token_loss,
 };
 pub use loss_scale::{LossScale, LossScaler};
 pub use memory::{
@@ -79,8 +84,10 @@ pub use memory::{
     available_memory, measure_memory,
 };
 pub use param_group::ParamGroup;
+pub use pipeline::StageLink;
 pub use precision::Precision;
 pub use schedule::{Schedule, ScheduleKind};
+pub use tensor_parallel::{VocabularyShard, enter_parallel, gather_columns, leave_parallel};
 pub use updater::{UpdateStats, Updater};
 
 pub use rlhf_core as core;

@@ -6,7 +6,7 @@ use rlhf_core::{Error as CoreError, LogprobOptions};
 use tch::{Kind, Tensor};
 
 use crate::ffi::autograd::grad_enabled;
-use crate::{Error, Result, Saved, custom_function};
+use crate::{Error, Result, Saved, VocabularyShard, custom_function, enter_parallel};
 
 mod blocks;
 mod gradients;
@@ -19,7 +19,7 @@ use blocks::{Buffers, Cache};
 use gradients::{Gradients, ScoreGrads};
 use layer::{Operands, OutputLayer};
 use scores::Scores;
-pub use token_loss::{LinearTokenLoss, linear_token_loss};
+pub use token_loss::{LinearTokenLoss, linear_token_loss, parallel_token_loss};
 pub(crate) use token_loss::{at_once, rows_at_once};
 
 /// What [`linear_logprobs`] reads.
@@ -104,7 +104,44 @@ pub fn linear_logprobs(
     options: &LogprobOptions,
     chunk_rows: Option<usize>,
 ) -> Result<LinearLogprobs> {
-    let layer = output_layer(&input, options, chunk_rows)?;
+    logprobs_of(input, options, chunk_rows, None)
+}
+
+/// [`linear_logprobs`] of a layer whose vocabulary lies on several ranks: each gives its rows of weight
+/// and bias, and all the same hidden states and tokens; every rank gets the log-probabilities in the
+/// whole vocabulary, with the gradients of its rows and, summed, those of the hidden states.
+///
+/// The largest logit and the sums of exponentials are joined over the ranks; a token's logit comes from
+/// the rank that has it. Forward all-reduces `M` f32 maxima and `2 M` sums, `3 M` with entropies;
+/// backward the gradient of the hidden states `[M, H]`, of their kind, and nothing of the vocabulary's
+/// size.
+///
+/// # Errors
+/// Those of [`linear_logprobs`] and of the group.
+pub fn parallel_logprobs(
+    input: LinearLogprobsInput<'_>,
+    shard: &VocabularyShard,
+    options: &LogprobOptions,
+    chunk_rows: Option<usize>,
+) -> Result<LinearLogprobs> {
+    let hidden = enter_parallel(input.hidden, &shard.group)?;
+    let ids = input.ids.f_sub_scalar(shard.first)?;
+    let input = LinearLogprobsInput {
+        hidden: &hidden,
+        ids: &ids,
+        ..input
+    };
+    logprobs_of(input, options, chunk_rows, Some(shard))
+}
+
+/// `input.ids` count from the shard's first token.
+fn logprobs_of(
+    input: LinearLogprobsInput<'_>,
+    options: &LogprobOptions,
+    chunk_rows: Option<usize>,
+    shard: Option<&VocabularyShard>,
+) -> Result<LinearLogprobs> {
+    let layer = output_layer(&input, options, chunk_rows, shard)?;
     let trainable_head =
         input.weight.requires_grad() || input.bias.is_some_and(Tensor::requires_grad);
     let recorded = grad_enabled() && (input.hidden.requires_grad() || trainable_head);
@@ -123,7 +160,7 @@ pub fn linear_logprobs(
         };
         let mut room = None;
         let (scores, directions) = if ahead {
-            let (scores, directions) = layer.scores_and_directions(operands)?;
+            let (scores, directions) = layer.scores_and_directions(operands, shard)?;
             (scores, Some(directions))
         } else {
             if has_room {
@@ -135,7 +172,8 @@ pub fn linear_logprobs(
                 .transpose()?;
             let mut buffers = Buffers::new(layer.blocks, operands);
             let entropy = options.entropy;
-            let scores = layer.scores(operands, entropy, cache.as_ref(), &mut buffers)?;
+            let whole = (operands, shard);
+            let scores = layer.scores(whole, entropy, cache.as_ref(), &mut buffers)?;
             (scores, None)
         };
         let mut outputs = vec![scores.logprobs.shallow_clone()];
@@ -241,6 +279,7 @@ fn output_layer(
     input: &LinearLogprobsInput<'_>,
     options: &LogprobOptions,
     chunk_rows: Option<usize>,
+    shard: Option<&VocabularyShard>,
 ) -> Result<OutputLayer> {
     options.validate()?;
     check(input)?;
@@ -251,9 +290,16 @@ fn output_layer(
     // Tokens outside the vocabulary are libtorch's error, and where a device does not wait for it a
     // failed assertion there.
     let nothing = Tensor::f_zeros([1], (Kind::Float, input.ids.device()))?;
-    let _ = nothing
-        .f_expand([vocab], false)?
-        .f_gather(0, input.ids, false)?;
+    let _ = match shard {
+        None => nothing
+            .f_expand([vocab], false)?
+            .f_gather(0, input.ids, false)?,
+        Some(shard) => nothing.f_expand([shard.vocabulary], false)?.f_gather(
+            0,
+            &input.ids.f_add_scalar(shard.first)?,
+            false,
+        )?,
+    };
     Ok(OutputLayer {
         temperature: options.temperature,
         softcap: input.softcap,

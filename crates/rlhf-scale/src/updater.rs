@@ -1,11 +1,14 @@
 //! The update path that every trainer uses.
 
 mod files;
+mod shards;
 mod stats;
 
+use std::collections::VecDeque;
+
 use rand_chacha::rand_core::RngCore;
-use rlhf_core::{Error as CoreError, RngStreams};
-use tch::{Kind, Tensor};
+use rlhf_core::{Error as CoreError, ParameterShards, Parameters, PipelineStage, RngStreams};
+use tch::{Device, Kind, Tensor};
 
 use crate::gradients::{self, Norm, grad_of};
 use crate::{AdamW, Ema, Error, LossScaler, Result, UpdateConfig, ffi};
@@ -54,9 +57,28 @@ pub struct Updater {
     step: u64,
     scaler: Option<LossScaler>,
     ema: Option<Ema>,
+    shards: Option<ParameterShards>,
 }
 
 impl Updater {
+    /// [`Updater::new`] of a model's parameters, which may lie on several ranks: the gradient norm is
+    /// that of all ranks' then, each weight counted once, and a gradient that is not finite on one rank
+    /// stops all of them.
+    ///
+    /// # Errors
+    /// Those of [`Updater::new`].
+    pub fn of(model: &(impl Parameters + ?Sized), config: &UpdateConfig) -> Result<Self> {
+        let mut updater = Self::new(model.named_parameters(), config)?;
+        updater.set_shards(model.parameter_shards());
+        Ok(updater)
+    }
+
+    /// How the parameters lie on several ranks, where a rank has only a part of them: see
+    /// [`Updater::of`].
+    pub fn set_shards(&mut self, shards: Option<ParameterShards>) {
+        self.shards = shards;
+    }
+
     /// An updater of `params`, which alias the weights that the losses are computed with
     /// ([`Parameters::named_parameters`](rlhf_core::Parameters::named_parameters)).
     ///
@@ -83,6 +105,7 @@ impl Updater {
             params,
             config: config.clone(),
             step: 0,
+            shards: None,
         })
     }
 
@@ -168,13 +191,30 @@ impl Updater {
         let mut losses = Vec::with_capacity(microbatches);
         let mut sums: Vec<Option<Tensor>> = self.params.iter().map(|_| None).collect();
         let mut seeds = RngStreams::new(self.config.seed).stream("update/losses", self.step);
+        let stage = self.shards.as_ref().and_then(ParameterShards::stage);
+        // One forward, one backward, by turns; a stage of a pipeline is some forwards ahead, so that the
+        // later ones have what to do (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
+        let ahead = stage.map_or(0, PipelineStage::ahead);
+        let mut waiting = VecDeque::with_capacity(ahead + 1);
         for microbatch in 0..microbatches {
             tch::manual_seed(seeds.next_u64() as i64);
-            let loss = loss(microbatch)?;
+            waiting.push_back((microbatch, loss(microbatch)?));
+            if waiting.len() > ahead
+                && let Some((earlier, loss)) = waiting.pop_front()
+            {
+                losses.push(self.backward_one(earlier, &loss)?);
+                self.drain_half_grads(&mut sums)?;
+            }
+        }
+        for (microbatch, loss) in waiting {
             losses.push(self.backward_one(microbatch, &loss)?);
             self.drain_half_grads(&mut sums)?;
         }
-        let grads = self.collect_grads(sums)?;
+        let mut grads = self.collect_grads(sums)?;
+        if let Some(stage) = stage {
+            shards::sum_tied(stage, &self.params, &mut grads)?;
+            losses = shards::share_losses(stage, &losses)?;
+        }
         Ok(self.apply(&losses, &grads)?)
     }
 
@@ -242,7 +282,10 @@ impl Updater {
             // As GradScaler has it: by the reciprocal, rounded to f32.
             ffi::scale_all(&present, f64::from((1.0 / scaler.scale()) as f32))?;
         }
-        let norm = gradients::grad_norm(&present, Norm::L2)?;
+        let norm = match &self.shards {
+            None => gradients::grad_norm(&present, Norm::L2)?,
+            Some(shards) => shards::grad_norm(shards, &self.params, grads)?,
+        };
         let (losses, grad_norm) = read_once(losses, &norm)?;
         let loss: f64 = losses.iter().sum();
         if let Some(microbatch) = losses.iter().position(|loss| !loss.is_finite()) {
@@ -273,7 +316,11 @@ impl Updater {
     /// Skips the update if a lower loss scale may mend what is wrong with the gradients.
     fn skip(&mut self, grads: &[Option<Tensor>], loss: f64) -> Result<UpdateStats> {
         let mut stats = self.stats(loss, f64::INFINITY);
-        let error = self.blame(grads, loss);
+        let mut error = self.blame(grads, loss);
+        if let Some(shards) = &self.shards {
+            let device = self.params.first().map_or(Device::Cpu, |p| p.1.device());
+            error = shards::blame(shards, device, error, loss)?;
+        }
         let Some(scaler) = &mut self.scaler else {
             return Err(error);
         };

@@ -94,7 +94,7 @@ impl<P: Policy> SftTrainer<P> {
     pub fn new(model: P, config: SftConfig) -> Result<Self> {
         config.validate()?;
         Ok(Self {
-            updater: Updater::new(model.named_parameters(), &config.update)?,
+            updater: Updater::of(&model, &config.update)?,
             model,
             config,
         })

@@ -116,7 +116,7 @@ impl<P: Policy> KtoTrainer<P> {
             _ => {}
         }
         Ok(Self {
-            updater: Updater::new(model.named_parameters(), &config.update)?,
+            updater: Updater::of(&model, &config.update)?,
             model,
             reference,
             config,

@@ -136,7 +136,7 @@ impl<P: Policy> GrpoTrainer<P> {
         config.validate()?;
         policy.disable_dropout();
         Ok(Self {
-            updater: Updater::new(policy.named_parameters(), &config.update)?,
+            updater: Updater::of(&policy, &config.update)?,
             config,
             policy,
             reference,

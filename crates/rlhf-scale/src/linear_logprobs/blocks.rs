@@ -28,6 +28,17 @@ pub(super) struct Block {
     pub(super) width: i64,
 }
 
+impl Block {
+    /// All columns.
+    pub(super) fn all(width: i64) -> Self {
+        Self {
+            index: 0,
+            first: 0,
+            width,
+        }
+    }
+}
+
 impl Blocks {
     /// As many logits at a time as `chunk_rows` tokens have.
     pub(crate) fn new(tokens: i64, vocab: i64, chunk_rows: Option<i64>) -> Self {

@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 use super::blocks::{Block, Blocks, Buffers, Cache};
 use super::gradients::{Coefficients, Gradients, grad_logits};
 use super::scores::{RunningScores, Scores};
-use crate::Result;
+use crate::{Result, VocabularyShard};
 
 /// The tensors of the output layer, detached, and the tokens.
 #[derive(Clone, Copy)]
@@ -32,7 +32,7 @@ impl OutputLayer {
     /// Scores all tokens. Products that find room in the cache stay there.
     pub(super) fn scores(
         &self,
-        operands: Operands<'_>,
+        (operands, shard): (Operands<'_>, Option<&VocabularyShard>),
         with_entropy: bool,
         cache: Option<&Cache>,
         buffers: &mut Buffers,
@@ -47,6 +47,9 @@ impl OutputLayer {
             self.multiply(operands, block, &product)?;
             running.add(self, operands, &product, block, buffers)?;
         }
+        if let Some(shard) = shard {
+            let _ = running.join(shard)?;
+        }
         running.finish()
     }
 
@@ -55,8 +58,12 @@ impl OutputLayer {
     ///
     /// It is `(W[id] - Σ p W) / temperature`. The sum is relative to the largest logit so far, and
     /// shrinks where a block has a larger one, as the softmax of FlashAttention does (Dao et al.
-    /// 2022).
-    pub(super) fn scores_and_directions(&self, operands: Operands<'_>) -> Result<(Scores, Tensor)> {
+    /// 2022). Of a part of the vocabulary they are what that part adds.
+    pub(super) fn scores_and_directions(
+        &self,
+        operands: Operands<'_>,
+        shard: Option<&VocabularyShard>,
+    ) -> Result<(Scores, Tensor)> {
         let (hidden, weight) = (operands.hidden, operands.weight);
         let mut buffers = Buffers::new(self.blocks, operands);
         let mut running = RunningScores::new(operands, false)?;
@@ -89,8 +96,18 @@ impl OutputLayer {
                 _ => expected.f_add_(&exponentials.f_mm(&rows)?)?,
             };
         }
+        let chosen = match shard {
+            None => weight.f_index_select(0, operands.ids)?,
+            Some(shard) => {
+                let _ = expected.f_mul_(&running.join(shard)?)?;
+                let all = Block::all(weight.size()[0]);
+                let (rows, inside) = own_columns(operands.ids, all)?;
+                let rows = weight.f_index_select(0, &rows.f_squeeze_dim(1)?)?;
+                rows.f_mul(&inside.f_to_kind(rows.kind())?)?
+            }
+        };
         let _ = expected.f_div_(&running.sums)?.f_neg_()?;
-        let _ = expected.f_add_(&weight.f_index_select(0, operands.ids)?)?;
+        let _ = expected.f_add_(&chosen)?;
         let directions = expected.f_div_scalar_(self.temperature)?;
         Ok((running.finish()?, directions.f_to_kind(hidden.kind())?))
     }

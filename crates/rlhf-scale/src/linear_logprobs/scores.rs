@@ -1,11 +1,12 @@
 //! The softmax of all blocks, as it is known after each.
 
+use rlhf_core::Reduction;
 use tch::{Kind, Tensor};
 
 use super::blocks::{Block, Buffers};
 use super::layer::{Operands, OutputLayer, own_columns};
-use crate::Result;
 use crate::ffi::softmax::{self, LogitBlock, RowSums};
+use crate::{Result, VocabularyShard};
 
 /// Below every logit, and finite, so that differences are.
 const LOWEST: f64 = -1e30;
@@ -115,6 +116,33 @@ impl RunningScores {
         let sums = exponentials.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float)?;
         self.sums = self.sums.f_mul(&shrink)?.f_add(&sums)?;
         Ok(exponentials)
+    }
+
+    /// From what is known of this rank's part of the vocabulary to what is known of all of it. Other
+    /// ranks' tokens have chosen logits of 0 here. Returns what sums relative to this rank's largest
+    /// logit are to be multiplied by, `[M, 1]`.
+    ///
+    /// One all-reduce of `[M]` for the maxima and one of `[2, M]` for the sums, of `[3, M]` with
+    /// entropies.
+    pub(super) fn join(&mut self, shard: &VocabularyShard) -> Result<Tensor> {
+        let maxima = self.maxima.f_detach_copy()?;
+        shard.group.all_reduce(&maxima, Reduction::Max)?;
+        let lower = self.maxima.f_sub(&maxima)?;
+        let shrink = lower.f_exp()?;
+        let mut sums = vec![self.sums.f_mul(&shrink)?, self.chosen.shallow_clone()];
+        if let Some(products) = &self.products {
+            let moved = products.f_add(&lower.f_mul(&self.sums)?)?;
+            sums.push(moved.f_mul(&shrink)?);
+        }
+        let sums = Tensor::f_stack(&sums, 0)?;
+        shard.group.all_reduce(&sums, Reduction::Sum)?;
+        self.maxima = maxima;
+        self.sums = sums.f_select(0, 0)?;
+        self.chosen = sums.f_select(0, 1)?;
+        if self.products.is_some() {
+            self.products = Some(sums.f_select(0, 2)?);
+        }
+        Ok(shrink)
     }
 
     pub(super) fn finish(self) -> Result<Scores> {

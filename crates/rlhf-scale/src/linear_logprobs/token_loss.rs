@@ -12,7 +12,7 @@ use super::gradients::{Gradients, ScoreGrads};
 use super::layer::{Operands, OutputLayer};
 use super::{LinearLogprobs, LinearLogprobsInput, output_layer};
 use crate::ffi::autograd::grad_enabled;
-use crate::{Error, Result, custom_function};
+use crate::{Error, Result, VocabularyShard, custom_function, enter_parallel};
 
 /// What [`linear_token_loss`] returns.
 #[derive(Debug)]
@@ -80,13 +80,59 @@ pub fn linear_token_loss<F, E>(
     input: LinearLogprobsInput<'_>,
     options: &LogprobOptions,
     chunk_rows: Option<usize>,
+    loss: F,
+) -> Result<LinearTokenLoss, E>
+where
+    F: FnMut(&LinearLogprobs, Range<i64>) -> Result<Tensor, E>,
+    E: From<Error> + Display,
+{
+    token_loss(input, options, chunk_rows, None, loss)
+}
+
+/// [`linear_token_loss`] of a layer whose vocabulary lies on several ranks, as
+/// [`parallel_logprobs`](super::parallel_logprobs) has it: each rank gives its part of weight and bias,
+/// the same hidden states, tokens and loss, and gets the loss of the whole.
+///
+/// The ranks have the same groups of tokens, so that what [`parallel_logprobs`] sends of all tokens is
+/// sent of one group after another.
+///
+/// # Errors
+/// Those of [`linear_token_loss`] and of the group.
+///
+/// [`parallel_logprobs`]: super::parallel_logprobs
+pub fn parallel_token_loss<F, E>(
+    input: LinearLogprobsInput<'_>,
+    shard: &VocabularyShard,
+    options: &LogprobOptions,
+    chunk_rows: Option<usize>,
+    loss: F,
+) -> Result<LinearTokenLoss, E>
+where
+    F: FnMut(&LinearLogprobs, Range<i64>) -> Result<Tensor, E>,
+    E: From<Error> + Display,
+{
+    let hidden = enter_parallel(input.hidden, &shard.group)?;
+    let ids = input.ids.f_sub_scalar(shard.first).map_err(Error::from)?;
+    let input = LinearLogprobsInput {
+        hidden: &hidden,
+        ids: &ids,
+        ..input
+    };
+    token_loss(input, options, chunk_rows, Some(shard), loss)
+}
+
+fn token_loss<F, E>(
+    input: LinearLogprobsInput<'_>,
+    options: &LogprobOptions,
+    chunk_rows: Option<usize>,
+    shard: Option<&VocabularyShard>,
     mut loss: F,
 ) -> Result<LinearTokenLoss, E>
 where
     F: FnMut(&LinearLogprobs, Range<i64>) -> Result<Tensor, E>,
     E: From<Error> + Display,
 {
-    let layer = output_layer(&input, options, chunk_rows)?;
+    let layer = output_layer(&input, options, chunk_rows, shard)?;
     let mut inputs = vec![input.hidden, input.weight];
     inputs.extend(input.bias);
     let recorded = grad_enabled();
@@ -102,7 +148,7 @@ where
             bias: inputs.get(2),
             ids: input.ids,
         };
-        let mut pass = Pass::new(operands, options.entropy, &needed)?;
+        let mut pass = Pass::new((operands, shard), options.entropy, &needed)?;
         let sums = pass.run(&layer, chunk_rows, &needed, &mut loss)?;
         let Pass {
             total,
@@ -151,6 +197,7 @@ pub(crate) fn rows_at_once(tokens: i64, vocab: i64, chunk_rows: Option<i64>) -> 
 /// Forward of one group of tokens after another.
 struct Pass<'a> {
     operands: Operands<'a>,
+    shard: Option<&'a VocabularyShard>,
     with_gradient: bool,
     with_entropy: bool,
     total: Tensor,
@@ -159,11 +206,16 @@ struct Pass<'a> {
 }
 
 impl<'a> Pass<'a> {
-    fn new(operands: Operands<'a>, with_entropy: bool, needed: &[bool]) -> Result<Self> {
+    fn new(
+        (operands, shard): (Operands<'a>, Option<&'a VocabularyShard>),
+        with_entropy: bool,
+        needed: &[bool],
+    ) -> Result<Self> {
         let f32s = (Kind::Float, operands.hidden.device());
         let column = || Tensor::f_empty(operands.ids.size(), f32s);
         Ok(Self {
             operands,
+            shard,
             with_gradient: needed.contains(&true),
             with_entropy,
             total: Tensor::f_zeros(&[] as &[i64], f32s)?,
@@ -201,7 +253,9 @@ impl<'a> Pass<'a> {
             return Ok(sums);
         }
         let mut sums = Gradients::summed(operands, needed)?;
-        let step = rows_at_once(tokens, vocab, chunk_rows.map(|rows| rows as i64)).min(tokens);
+        // Ranks whose parts of the vocabulary differ in size must form the same groups.
+        let widest = self.shard.map_or(vocab, |shard| shard.widest);
+        let step = rows_at_once(tokens, widest, chunk_rows.map(|rows| rows as i64)).min(tokens);
         let logits = Tensor::f_empty([step * vocab], (kind, operands.weight.device()));
         let logits = logits.map_err(Error::from)?;
         let mut start = 0;
@@ -243,7 +297,7 @@ impl<'a> Pass<'a> {
         E: From<Error> + Display,
     {
         let rows = operands.ids.size()[0];
-        let scores = layer.scores(operands, self.with_entropy, cache, buffers)?;
+        let scores = layer.scores((operands, self.shard), self.with_entropy, cache, buffers)?;
         let leaves = LinearLogprobs {
             logprobs: scores.logprobs.shallow_clone(),
             entropy: scores.entropy.as_ref().map(Tensor::shallow_clone),

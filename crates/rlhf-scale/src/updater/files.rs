@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use rlhf_core::Error as CoreError;
+use rlhf_core::{Error as CoreError, ParameterShards};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -21,6 +21,9 @@ struct State {
     step: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     loss_scaler: Option<LossScaler>,
+    /// Which part of a model on several ranks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    part: Option<String>,
     config: Value,
 }
 
@@ -31,6 +34,9 @@ impl Updater {
     ///
     /// Each file is replaced atomically; for all of them together use a
     /// [`CheckpointStore`](rlhf_core::CheckpointStore), which moves a whole folder into place.
+    ///
+    /// Of a model on several ranks ([`Updater::of`]) each rank saves what it has, into a folder of its
+    /// own, which the rank with the same part of as many loads.
     ///
     /// # Errors
     /// If a file cannot be written, or [`Error::EmaApplied`] while averages stand in for the
@@ -49,6 +55,7 @@ impl Updater {
         let state = State {
             step: self.step,
             loss_scaler: self.scaler.clone(),
+            part: self.part(),
             config: self.config_json(&path)?,
         };
         let text = serde_json::to_string_pretty(&state).map_err(|error| corrupt(&path, error))?;
@@ -78,6 +85,15 @@ impl Updater {
                 current,
             });
         }
+        if state.part != self.part() {
+            let whole = || "all of the model".to_string();
+            return Err(Error::ConfigMismatch {
+                path,
+                field: "part".into(),
+                saved: state.part.unwrap_or_else(whole),
+                current: self.part().unwrap_or_else(whole),
+            });
+        }
         let scaler = state.loss_scaler.and_then(LossScaler::restored);
         if scaler.is_some() != self.scaler.is_some() {
             return Err(corrupt(&path, "no usable loss_scaler"));
@@ -94,6 +110,10 @@ impl Updater {
         self.scaler = scaler;
         self.step = state.step;
         Ok(())
+    }
+
+    fn part(&self) -> Option<String> {
+        self.shards.as_ref().map(ParameterShards::place)
     }
 
     fn config_json(&self, path: &Path) -> Result<Value> {
