@@ -1,8 +1,8 @@
 //! A language model with a value head on its trunk.
 
 use rlhf_core::{
-    ActorCritic, Decoder, KeptTokens, LogprobOptions, PaddedBatch, Parameters, Policy,
-    SequenceBatch, TokenLogprobs,
+    ActorCritic, Decoder, KeptTokens, LogprobOptions, PaddedBatch, ParameterShards, Parameters,
+    Policy, SequenceBatch, TokenLogprobs,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -97,6 +97,10 @@ impl Parameters for CausalLmWithValueHead {
         named.push((format!("{HEAD}.weight"), self.weight.shallow_clone()));
         named.sort_by(|a, b| a.0.cmp(&b.0));
         named
+    }
+
+    fn parameter_shards(&self) -> Option<ParameterShards> {
+        self.lm.parameter_shards()
     }
 }
 

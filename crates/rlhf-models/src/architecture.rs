@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value};
 
+use crate::tensor_parallel::{Plan, Widths};
 use crate::trunk::Trunk;
 use crate::weights::Builder;
 use crate::{Result, SpecialTokens};
@@ -21,6 +22,12 @@ pub(crate) trait Architecture {
 
     /// The fields of `config.json` that are the architecture's own.
     fn to_json(&self) -> Map<String, Value>;
+
+    /// How its modules are split over ranks.
+    fn plan(&self) -> Plan;
+
+    /// What must be divisible for that.
+    fn widths(&self) -> Widths;
 
     /// Embedding, blocks and last norm.
     fn build(&self, builder: &mut Builder) -> Result<Trunk>;

@@ -4,11 +4,12 @@ use std::ops::Range;
 use std::path::Path;
 
 use rlhf_core::{
-    Decoder, KeptSet, KeptTokens, LogprobOptions, PackedBatch, PaddedBatch, Parameters, Policy,
-    Segment, SequenceBatch, TokenLogprobs, check_kept, check_same_shape,
+    Decoder, KeptSet, KeptTokens, LogprobOptions, PackedBatch, PaddedBatch, ParameterShards,
+    Parameters, Policy, Segment, SequenceBatch, TokenLogprobs, check_kept, check_same_shape,
 };
 use rlhf_scale::{
-    GradientCheckpointing, LinearLogprobs, LinearLogprobsInput, linear_logprobs, linear_token_loss,
+    GradientCheckpointing, LinearLogprobs, LinearLogprobsInput, VocabularyShard, enter_parallel,
+    gather_columns, linear_logprobs, linear_token_loss, parallel_logprobs, parallel_token_loss,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -19,7 +20,7 @@ use crate::layers::linear;
 use crate::lora::{CAUSAL_LM, Rebuild};
 use crate::trunk::{Model, Trunk};
 use crate::weights::{Builder, Init, WeightMap};
-use crate::{ModelConfig, Result, SaveOptions};
+use crate::{Error, ModelConfig, Placement, Result, SaveOptions};
 
 /// Where and in what precision a model is loaded.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -60,6 +61,8 @@ pub(crate) struct LmHead {
     weight: Tensor,
     /// Bound of the logits.
     softcap: Option<f64>,
+    /// Which tokens the rows of the weight are, where other ranks have the others.
+    shard: Option<VocabularyShard>,
 }
 
 impl LmHead {
@@ -74,6 +77,7 @@ impl LmHead {
         Self {
             weight,
             softcap: config.logit_softcap(),
+            shard: builder.vocabulary(config.vocab_size()),
         }
     }
 }
@@ -99,8 +103,25 @@ impl CausalLm {
     /// # Errors
     /// Those of [`ModelConfig::validate`], and libtorch's (out of memory).
     pub fn new(config: ModelConfig, seed: u64, device: Device, kind: Kind) -> Result<Self> {
+        Self::build_new(config, Builder::random(seed, device, kind))
+    }
+
+    /// [`new`](Self::new) on several ranks: each has its part of the weights that one rank would have.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new); [`Error::CannotSplit`].
+    pub fn new_parallel(
+        config: ModelConfig,
+        seed: u64,
+        (device, kind): (Device, Kind),
+        placement: impl Into<Placement>,
+    ) -> Result<Self> {
+        let builder = Builder::random(seed, device, kind).at(&placement.into());
+        Self::build_new(config, builder)
+    }
+
+    fn build_new(config: ModelConfig, builder: Builder) -> Result<Self> {
         config.validate()?;
-        let builder = Builder::random(seed, device, kind);
         let model = Model::build(config, builder, Path::new(""), LmHead::build)?;
         Ok(Self {
             model,
@@ -116,9 +137,29 @@ impl CausalLm {
     /// [`Error::Weights`](crate::Error::Weights) with every tensor that is missing, unexpected or
     /// misshapen.
     pub fn from_pretrained(dir: impl AsRef<Path>, options: &LoadOptions) -> Result<Self> {
+        Self::load(dir.as_ref(), options, &Placement::default())
+    }
+
+    /// [`from_pretrained`](Self::from_pretrained) on several ranks, each of which reads its part of
+    /// the weights: of its layers ([`TensorParallel`](crate::TensorParallel)), its blocks
+    /// ([`PipelineParallel`](crate::PipelineParallel)), or of both. The model is trained as any other,
+    /// by all ranks alike. [`save_pretrained`](Self::save_pretrained) writes it whole, from rank 0.
+    ///
+    /// # Errors
+    /// Those of [`from_pretrained`](Self::from_pretrained); [`Error::CannotSplit`] where the ranks
+    /// do not divide the model.
+    pub fn from_pretrained_parallel(
+        dir: impl AsRef<Path>,
+        options: &LoadOptions,
+        placement: impl Into<Placement>,
+    ) -> Result<Self> {
+        Self::load(dir.as_ref(), options, &placement.into())
+    }
+
+    fn load(dir: &Path, options: &LoadOptions, placement: &Placement) -> Result<Self> {
         let model = Model::load(
-            dir.as_ref(),
-            options,
+            dir,
+            (options, placement),
             drop_tied_head,
             |(), config, trunk, builder| LmHead::build(config, trunk, builder),
         )?;
@@ -177,6 +218,7 @@ impl CausalLm {
     /// # Errors
     /// libtorch's: an id outside the vocabulary, a position outside the context window.
     pub fn hidden_states(&self, batch: &PackedBatch) -> rlhf_core::Result<Tensor> {
+        self.check_whole("hidden states")?;
         self.model.hidden_states(batch)
     }
 
@@ -188,12 +230,23 @@ impl CausalLm {
     /// # Errors
     /// libtorch's.
     pub fn logits_of(&self, hidden: &Tensor) -> rlhf_core::Result<Tensor> {
-        let LmHead { weight, softcap } = &self.model.head;
-        let logits = linear(hidden, weight, None)?;
-        Ok(match softcap {
-            Some(cap) => logits.f_div_scalar(*cap)?.f_tanh()?.f_mul_scalar(*cap)?,
-            None => logits,
-        })
+        let LmHead {
+            weight,
+            softcap,
+            shard,
+        } = &self.model.head;
+        let capped = |logits: Tensor| -> rlhf_core::Result<Tensor> {
+            Ok(match softcap {
+                Some(cap) => logits.f_div_scalar(*cap)?.f_tanh()?.f_mul_scalar(*cap)?,
+                None => logits,
+            })
+        };
+        let Some(shard) = shard else {
+            return capped(linear(hidden, weight, None)?);
+        };
+        let entered = enter_parallel(hidden, &shard.group).map_err(rlhf_core::Error::from)?;
+        let own = capped(linear(&entered, weight, None)?)?;
+        whole_logits(&own, shard).map_err(rlhf_core::Error::from)
     }
 
     /// A copy that shares no weight with this model; a reference policy, for one.
@@ -236,6 +289,14 @@ impl CausalLm {
 }
 
 impl CausalLm {
+    /// Fails for a stage of a pipeline.
+    fn check_whole(&self, what: &'static str) -> rlhf_core::Result<()> {
+        match self.model.trunk.stage {
+            Some(_) => Err(rlhf_core::Error::model(Error::OnlyAStage { what })),
+            None => Ok(()),
+        }
+    }
+
     fn score(
         &self,
         batch: &SequenceBatch,
@@ -269,12 +330,28 @@ impl CausalLm {
         options: &LogprobOptions,
     ) -> rlhf_core::Result<TokenLogprobs> {
         let mask = batch.response_mask(self.device());
+        if !self.model.trunk.has_end() {
+            // They are known in the last stage; these lead the gradient to it.
+            let zeros = Tensor::f_zeros(mask.size(), (Kind::Float, self.device()))?;
+            return Ok(TokenLogprobs {
+                logprobs: zeros.f_add(hidden)?,
+                entropy: options.entropy.then_some(zeros),
+                mask,
+            });
+        }
         let ids = batch.responses(0, self.device()).masked_select(&mask);
-        let LmHead { weight, softcap } = &self.model.head;
+        let LmHead {
+            weight,
+            softcap,
+            shard,
+        } = &self.model.head;
         let (logprobs, entropy) = match kept {
             None => {
                 let input = self.head_input(hidden, &ids);
-                let scores = linear_logprobs(input, options, self.chunk_rows)?;
+                let scores = match shard {
+                    None => linear_logprobs(input, options, self.chunk_rows)?,
+                    Some(shard) => parallel_logprobs(input, shard, options, self.chunk_rows)?,
+                };
                 (scores.logprobs, scores.entropy)
             }
             Some(kept) => {
@@ -283,6 +360,7 @@ impl CausalLm {
                 let layer = KeptLogprobs {
                     weight,
                     softcap: *softcap,
+                    shard: shard.as_ref(),
                     options: *options,
                     chunk_rows: self.chunk_rows,
                 };
@@ -323,6 +401,12 @@ impl CausalLm {
     }
 }
 
+/// All logits from this rank's `[M, own]`.
+pub(crate) fn whole_logits(own: &Tensor, shard: &VocabularyShard) -> rlhf_scale::Result<Tensor> {
+    let place = (shard.first, shard.vocabulary);
+    gather_columns(own, place, shard.widest, &shard.group)
+}
+
 /// Checkpoints of tied models may hold the output layer all the same.
 fn drop_tied_head(config: &ModelConfig, weights: &mut WeightMap) {
     if config.ties_embeddings() {
@@ -333,6 +417,10 @@ fn drop_tied_head(config: &ModelConfig, weights: &mut WeightMap) {
 impl Parameters for CausalLm {
     fn named_parameters(&self) -> Vec<(String, Tensor)> {
         self.model.trainable()
+    }
+
+    fn parameter_shards(&self) -> Option<ParameterShards> {
+        self.model.shards()
     }
 }
 
@@ -384,6 +472,9 @@ impl Policy for CausalLm {
         let packed = self.model.checked_packed(batch)?;
         let rows = packed.predicting_rows();
         let hidden = self.model.hidden_states_of(&packed, rows)?;
+        if !self.model.trunk.has_end() {
+            return Ok(hidden);
+        }
         let mask = batch.response_mask(self.device());
         let ids = batch.responses(0, self.device()).masked_select(&mask);
         let weights = match weights {
@@ -405,7 +496,11 @@ impl Policy for CausalLm {
             Ok(sum.f_neg()?)
         };
         let input = self.head_input(&hidden, &ids);
-        let output = linear_token_loss(input, &LogprobOptions::default(), self.chunk_rows, loss)?;
+        let (options, rows) = (LogprobOptions::default(), self.chunk_rows);
+        let output = match &self.model.head.shard {
+            None => linear_token_loss(input, &options, rows, loss)?,
+            Some(shard) => parallel_token_loss(input, shard, &options, rows, loss)?,
+        };
         Ok(output.loss)
     }
 
@@ -414,6 +509,7 @@ impl Policy for CausalLm {
     }
 
     fn decoder(&self, max_new_tokens: usize) -> rlhf_core::Result<Box<dyn Decoder + '_>> {
+        self.check_whole("decoder")?;
         Ok(Box::new(CachedDecoder::new(self, max_new_tokens)))
     }
 }

@@ -9,6 +9,7 @@ use safetensors::tensor::Dtype;
 use tch::{Kind, Tensor};
 
 use crate::config::Fields;
+use crate::placement::Placement;
 use crate::weights::WeightMap;
 use crate::{Error, Result, WeightProblem};
 
@@ -24,8 +25,27 @@ const MAX_HEADER: u64 = 32 << 20;
 /// Bytes that libtorch's CPU allocator aligns to.
 const ALIGNMENT: i64 = 64;
 
+/// What becomes of a tensor that is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reading {
+    /// It is computed with: a view of the file, or a copy where it is not aligned.
+    Whole,
+    /// A part of it will be copied, and the file's other pages are not touched: a view, if need be one
+    /// that is not aligned.
+    Parts,
+}
+
+impl Reading {
+    pub(crate) fn of(placement: &Placement) -> Self {
+        match placement.is_split() {
+            true => Self::Parts,
+            false => Self::Whole,
+        }
+    }
+}
+
 /// Reads every tensor of a model folder, from one file or from the shards of an index.
-pub(crate) fn read_weights(dir: &Path) -> Result<WeightMap> {
+pub(crate) fn read_weights(dir: &Path, reading: Reading) -> Result<WeightMap> {
     let index = dir.join(INDEX);
     let files: Vec<PathBuf> = if !dir.join(WEIGHTS).exists() && index.exists() {
         shards(&Fields::read(&index)?)?
@@ -46,7 +66,7 @@ pub(crate) fn read_weights(dir: &Path) -> Result<WeightMap> {
     }
     let (mut weights, mut problems) = (WeightMap::new(), Vec::new());
     for file in files {
-        read_file(&file, &mut weights, &mut problems)?;
+        read_file(&file, reading, &mut weights, &mut problems)?;
     }
     if problems.is_empty() {
         return Ok(weights);
@@ -74,6 +94,7 @@ pub(crate) fn shards(index: &Fields) -> Result<BTreeSet<String>> {
 
 fn read_file(
     path: &Path,
+    reading: Reading,
     weights: &mut WeightMap,
     problems: &mut Vec<WeightProblem>,
 ) -> Result<()> {
@@ -109,7 +130,7 @@ fn read_file(
     let whole = tensor_from_owner(map, |map| &mut map[..], &[length], Kind::Uint8)
         .map_err(rlhf_core::Error::model)?;
     for place in places {
-        let tensor = place.tensor(&whole)?;
+        let tensor = place.tensor(&whole, reading)?;
         if weights.insert(place.name.clone(), tensor).is_some() {
             problems.push(WeightProblem::Duplicate { name: place.name });
         }
@@ -130,9 +151,14 @@ impl Place {
     /// A view of the file's bytes, or a copy where they are not aligned as libtorch aligns its
     /// own memory: kernels sum in another order there, and a model loaded from its own copy
     /// would differ from it in the last bit.
-    fn tensor(&self, whole: &Tensor) -> Result<Tensor> {
+    fn tensor(&self, whole: &Tensor, reading: Reading) -> Result<Tensor> {
         let mut bytes = whole.f_narrow(0, self.offset, self.bytes)?;
-        if self.offset % ALIGNMENT != 0 {
+        let needed = match reading {
+            Reading::Whole => ALIGNMENT,
+            // What views of another kind need.
+            Reading::Parts => self.kind.elt_size_in_bytes() as i64,
+        };
+        if self.offset % needed != 0 {
             let mut copy = bytes.f_empty_like()?;
             copy.f_copy_(&bytes)?;
             bytes = copy;

@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
-use rlhf_core::{Completions, Error as CoreError, Parameters, RewardModel, Scorer, SequenceBatch};
+use rlhf_core::{
+    Completions, Error as CoreError, ParameterShards, Parameters, RewardModel, Scorer,
+    SequenceBatch,
+};
 use rlhf_scale::GradientCheckpointing;
 use tch::{Device, Kind, Tensor};
 
@@ -11,7 +14,7 @@ use crate::layers::{Layout, Linear};
 use crate::lora::{Rebuild, SEQ_CLS};
 use crate::trunk::{Model, Trunk};
 use crate::weights::{Builder, Init, fresh};
-use crate::{CausalLm, LoadOptions, ModelConfig, Result, SaveOptions};
+use crate::{CausalLm, LoadOptions, ModelConfig, Placement, Result, SaveOptions, TensorParallel};
 
 /// Name of the head's matrix in a checkpoint.
 pub(crate) const SCORE: &str = "score.weight";
@@ -63,11 +66,28 @@ impl SequenceClassifier {
     /// Those of [`CausalLm::from_pretrained`]. The folder of a language model has no
     /// `score.weight`: see [`from_causal_lm`](Self::from_causal_lm).
     pub fn from_pretrained(dir: impl AsRef<Path>, options: &LoadOptions) -> Result<Self> {
-        let dir = dir.as_ref();
+        Self::load(dir.as_ref(), options, &Placement::default())
+    }
+
+    /// [`from_pretrained`](Self::from_pretrained) on several ranks, as
+    /// [`CausalLm::from_pretrained_parallel`]; the head is the same on all.
+    ///
+    /// # Errors
+    /// Those of [`from_pretrained`](Self::from_pretrained);
+    /// [`Error::CannotSplit`](crate::Error::CannotSplit).
+    pub fn from_pretrained_parallel(
+        dir: impl AsRef<Path>,
+        options: &LoadOptions,
+        ranks: &TensorParallel,
+    ) -> Result<Self> {
+        Self::load(dir.as_ref(), options, &ranks.into())
+    }
+
+    fn load(dir: &Path, options: &LoadOptions, placement: &Placement) -> Result<Self> {
         let named = label_count(dir)?;
         let model = Model::load(
             dir,
-            options,
+            (options, placement),
             |config, weights| {
                 weights.remove(config.head_name());
                 let stored = weights
@@ -97,9 +117,11 @@ impl SequenceClassifier {
         let shape = [num_labels, config.hidden_size()];
         let init = Init::Normal(config.initializer_range());
         weights.insert(SCORE.into(), fresh(seed, SCORE, &shape, init)?);
-        let builder = Builder::from_weights(weights, model.model.device(), model.kind());
+        let model = &model.model;
+        let builder =
+            Builder::from_weights(weights, model.device(), model.kind()).at(&model.placement);
         let mut classifier = Self::build(config, builder, num_labels)?;
-        classifier.model.checkpointing = model.model.checkpointing;
+        classifier.model.checkpointing = model.checkpointing;
         Ok(classifier)
     }
 
@@ -224,6 +246,10 @@ impl SequenceClassifier {
 impl Parameters for SequenceClassifier {
     fn named_parameters(&self) -> Vec<(String, Tensor)> {
         self.model.trainable()
+    }
+
+    fn parameter_shards(&self) -> Option<ParameterShards> {
+        self.model.shards()
     }
 }
 

@@ -95,7 +95,7 @@ impl ModelConfig {
         Ok(config)
     }
 
-    fn architecture(&self) -> &dyn Architecture {
+    pub(crate) fn architecture(&self) -> &dyn Architecture {
         match self {
             Self::Gpt2(config) => config,
             Self::GptNeox(config) => config,

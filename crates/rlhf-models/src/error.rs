@@ -122,6 +122,27 @@ pub enum Error {
         /// All names that no layer has, and all tensors that do not fit.
         problems: Vec<AdapterProblem>,
     },
+    /// A model cannot be split over so many ranks.
+    #[error("{field} = {size} cannot be split over {ranks} ranks: {reason}")]
+    CannotSplit {
+        /// The size, by its name in `config.json`.
+        field: &'static str,
+        /// Its value.
+        size: i64,
+        /// The ranks of the group.
+        ranks: usize,
+        /// What they must be.
+        reason: &'static str,
+    },
+    /// A model on several ranks is written by the first, which failed.
+    #[error("rank 0 could not write the model; its error says why")]
+    NotWritten,
+    /// A stage of a pipeline was asked for what takes the whole model.
+    #[error("a stage of a pipeline has no {what}: use a model whose blocks are all on this rank")]
+    OnlyAStage {
+        /// What was asked for.
+        what: &'static str,
+    },
     /// A model without LoRA adapters was asked for something that needs them.
     #[error("the model has no LoRA adapters; add or load some first")]
     NoAdapter,

@@ -14,6 +14,7 @@ use crate::layer_windows::SlidingWindow;
 use crate::layers::RmsNorm;
 use crate::rope::{Rope, Rotation};
 use crate::self_attention::{AttentionOptions, SelfAttention};
+use crate::tensor_parallel::{LLAMA_PLAN, Plan, Widths};
 use crate::transformer_config::{FieldNames, LeftOut};
 use crate::trunk::{Block, Embedding, Norm, Trunk};
 use crate::weights::Builder;
@@ -160,13 +161,22 @@ impl Architecture for Gemma2Config {
         map
     }
 
+    fn plan(&self) -> Plan {
+        LLAMA_PLAN
+    }
+
+    fn widths(&self) -> Widths {
+        self.transformer.widths()
+    }
+
     fn build(&self, builder: &mut Builder) -> Result<Trunk, Error> {
         let config = &self.transformer;
         let size = (config.vocab_size, config.hidden_size);
         let embedding = "model.embed_tokens.weight";
         let embedding = Embedding::build(builder, embedding, size, config.initializer_range)
             .scaled((config.hidden_size as f64).sqrt());
-        let blocks = (0..config.num_hidden_layers)
+        let blocks = builder
+            .layers(config.num_hidden_layers)
             .map(|layer| Box::new(Gemma2Block::build(self, layer, builder)) as Box<dyn Block>)
             .collect();
         let (width, epsilon) = (config.hidden_size, config.rms_norm_eps);
@@ -176,6 +186,8 @@ impl Architecture for Gemma2Config {
             rope: Rope::new(&config.rope, config.head_dim, builder.device())?,
             blocks,
             final_norm: Norm::Rms(norm),
+            stage: builder.stage(),
+            place: builder.place(),
         })
     }
 

@@ -11,6 +11,7 @@ use crate::attention_spec::AttentionSpec;
 use crate::config::{Fields, check_layers, check_sizes};
 use crate::layers::{Activation, LayerNorm, Layout, Linear};
 use crate::rope::{Rope, Rotation};
+use crate::tensor_parallel::{GPT2_PLAN, Plan, Widths};
 use crate::trunk::{Block, Embedding, Norm, Trunk};
 use crate::weights::{Builder, Init};
 use crate::{Error, SpecialTokens};
@@ -206,13 +207,27 @@ impl Architecture for Gpt2Config {
         map
     }
 
+    fn plan(&self) -> Plan {
+        GPT2_PLAN
+    }
+
+    fn widths(&self) -> Widths {
+        Widths {
+            heads: ("n_head", self.n_head),
+            kv_heads: ("n_head", self.n_head),
+            head_dim: self.n_embd / self.n_head,
+            inner: ("n_inner", self.n_inner.unwrap_or(4 * self.n_embd)),
+        }
+    }
+
     fn build(&self, builder: &mut Builder) -> Result<Trunk, Error> {
         let (width, range) = (self.n_embd, self.initializer_range);
         let (tokens, positions) = ("transformer.wte.weight", "transformer.wpe.weight");
         let embedding = Embedding::build(builder, tokens, (self.vocab_size, width), range);
         let shape = [self.n_positions, width];
         let positions = builder.weight(positions, &shape, Init::Normal(range));
-        let blocks = (0..self.n_layer)
+        let blocks = builder
+            .layers(self.n_layer)
             .map(|layer| Box::new(Gpt2Block::build(self, layer, builder)) as Box<dyn Block>)
             .collect();
         let epsilon = self.layer_norm_epsilon;
@@ -222,6 +237,8 @@ impl Architecture for Gpt2Config {
             rope: Rope::none(),
             blocks,
             final_norm: Norm::Layer(norm),
+            stage: builder.stage(),
+            place: builder.place(),
         })
     }
 }
@@ -235,6 +252,7 @@ struct Gpt2Block {
     mlp_output: Linear,
     activation: Activation,
     heads: i64,
+    head_dim: i64,
     attention: AttentionSpec,
 }
 
@@ -263,7 +281,8 @@ impl Gpt2Block {
             mlp_input,
             mlp_output,
             activation: config.activation_function,
-            heads: config.n_head,
+            heads: builder.local_heads(config.n_head),
+            head_dim: width / config.n_head,
             attention: config.attention(layer),
         }
     }
@@ -290,7 +309,7 @@ impl Block for Gpt2Block {
         attention: &mut dyn Attention,
     ) -> Result<Tensor> {
         let qkv = self.qkv.forward(&self.attention_norm.forward(x)?)?;
-        let qkv = qkv.f_view([-1, 3, self.heads, x.size()[1] / self.heads])?;
+        let qkv = qkv.f_view([-1, 3, self.heads, self.head_dim])?;
         let qkv = Qkv::from_parts(qkv.f_unbind(1)?)?;
         let attended = attention.attend(layer, &qkv, &self.attention)?;
         let x = attention

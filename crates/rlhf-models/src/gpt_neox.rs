@@ -11,6 +11,7 @@ use crate::attention_spec::AttentionSpec;
 use crate::config::{Fields, check_layers, check_sizes};
 use crate::layers::{Activation, LayerNorm, Layout, Linear};
 use crate::rope::{Rope, RopeConfig, RopeScaling, Rotation, rope_number};
+use crate::tensor_parallel::{GPT_NEOX_PLAN, Plan, Widths};
 use crate::trunk::{Block, Embedding, Norm, Trunk};
 use crate::weights::{Builder, Init};
 use crate::{Error, SpecialTokens};
@@ -203,11 +204,25 @@ impl Architecture for GptNeoxConfig {
         map
     }
 
+    fn plan(&self) -> Plan {
+        GPT_NEOX_PLAN
+    }
+
+    fn widths(&self) -> Widths {
+        Widths {
+            heads: ("num_attention_heads", self.num_attention_heads),
+            kv_heads: ("num_attention_heads", self.num_attention_heads),
+            head_dim: self.head_dim(),
+            inner: ("intermediate_size", self.intermediate_size),
+        }
+    }
+
     fn build(&self, builder: &mut Builder) -> Result<Trunk, Error> {
         let size = (self.vocab_size, self.hidden_size);
         let embedding = "gpt_neox.embed_in.weight";
         let embedding = Embedding::build(builder, embedding, size, self.initializer_range);
-        let blocks = (0..self.num_hidden_layers)
+        let blocks = builder
+            .layers(self.num_hidden_layers)
             .map(|layer| Box::new(GptNeoxBlock::build(self, layer, builder)) as Box<dyn Block>)
             .collect();
         let (name, width) = ("gpt_neox.final_layer_norm", self.hidden_size);
@@ -217,6 +232,8 @@ impl Architecture for GptNeoxConfig {
             rope: Rope::new(&self.rope, self.rotary_width(), builder.device())?,
             blocks,
             final_norm: Norm::Layer(norm),
+            stage: builder.stage(),
+            place: builder.place(),
         })
     }
 }
@@ -230,6 +247,7 @@ struct GptNeoxBlock {
     mlp_output: Linear,
     activation: Activation,
     heads: i64,
+    head_dim: i64,
     parallel: bool,
     spec: AttentionSpec,
 }
@@ -257,7 +275,8 @@ impl GptNeoxBlock {
             mlp_input,
             mlp_output,
             activation: config.hidden_act,
-            heads: config.num_attention_heads,
+            heads: builder.local_heads(config.num_attention_heads),
+            head_dim: config.head_dim(),
             parallel: config.use_parallel_residual,
             spec: AttentionSpec::plain(config.head_dim()),
         }
@@ -272,7 +291,7 @@ impl GptNeoxBlock {
     ) -> Result<Tensor> {
         let qkv = self.qkv.forward(&self.attention_norm.forward(x)?)?;
         // Query, key and value of a head lie together.
-        let qkv = qkv.f_view([-1, self.heads, 3, x.size()[1] / self.heads])?;
+        let qkv = qkv.f_view([-1, self.heads, 3, self.head_dim])?;
         let qkv = Qkv::from_parts(qkv.f_unbind(2)?)?;
         let qkv = Qkv {
             query: rotation.apply(&qkv.query)?,

@@ -1,7 +1,9 @@
 //! Log-probabilities within the tokens that a sampling filter kept.
 
 use rlhf_core::{DROPPED_LOGIT, KeptSet, LogprobOptions, dropped_mask};
-use rlhf_scale::checkpoint;
+use rlhf_scale::{VocabularyShard, checkpoint, enter_parallel};
+
+use crate::causal_lm::whole_logits;
 use tch::{Kind, Tensor};
 
 /// Logits that exist at a time, at most: 64 MiB of f32.
@@ -13,6 +15,8 @@ pub(crate) struct KeptLogprobs<'a> {
     pub(crate) weight: &'a Tensor,
     /// Bound of the logits.
     pub(crate) softcap: Option<f64>,
+    /// Which tokens the rows of the weight are, where other ranks have the others.
+    pub(crate) shard: Option<&'a VocabularyShard>,
     pub(crate) options: LogprobOptions,
     /// Tokens whose logits exist at a time.
     pub(crate) chunk_rows: Option<usize>,
@@ -28,7 +32,14 @@ impl KeptLogprobs<'_> {
         ids: &Tensor,
         sets: &[&KeptSet],
     ) -> rlhf_core::Result<(Tensor, Option<Tensor>)> {
-        let vocab = self.weight.size()[0];
+        let vocab = match self.shard {
+            None => self.weight.size()[0],
+            Some(shard) => shard.vocabulary,
+        };
+        let entered = match self.shard {
+            None => hidden.shallow_clone(),
+            Some(shard) => enter_parallel(hidden, &shard.group)?,
+        };
         let tokens = ids.size()[0];
         let fitting = (CHUNK_ELEMENTS / vocab.max(1)).max(1);
         let step = self.chunk_rows.map_or(fitting, |rows| rows as i64);
@@ -36,7 +47,7 @@ impl KeptLogprobs<'_> {
         let mut start = 0;
         while start < tokens {
             let rows = step.min(tokens - start);
-            let hidden = hidden.f_narrow(0, start, rows)?;
+            let hidden = entered.f_narrow(0, start, rows)?;
             let chosen = ids.f_narrow(0, start, rows)?.f_unsqueeze(1)?;
             let sets: Vec<KeptSet> = sets[start as usize..(start + rows) as usize]
                 .iter()
@@ -44,12 +55,16 @@ impl KeptLogprobs<'_> {
                 .collect();
             let (weight, softcap) = (self.weight.shallow_clone(), self.softcap);
             let options = self.options;
+            let shard = self.shard.cloned();
             let outputs = checkpoint(&[&hidden], move |inputs| {
                 let mut logits = inputs[0]
                     .f_linear(&weight, None::<&Tensor>)?
                     .f_to_kind(Kind::Float)?;
                 if let Some(cap) = softcap {
                     logits = logits.f_div_scalar(cap)?.f_tanh()?.f_mul_scalar(cap)?;
+                }
+                if let Some(shard) = &shard {
+                    logits = whole_logits(&logits, shard)?;
                 }
                 let sets: Vec<&KeptSet> = sets.iter().collect();
                 let dropped = dropped_mask(&sets, vocab, logits.device())?;

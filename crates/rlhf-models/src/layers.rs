@@ -1,10 +1,14 @@
 //! Layers that several architectures are made of.
 
 use rlhf_core::Result;
-use rlhf_scale::kernels;
+use std::sync::Arc;
+
+use rlhf_core::Collective;
+use rlhf_scale::{enter_parallel, kernels, leave_parallel};
 use tch::{Kind, Tensor};
 
 use crate::lora::Adapter;
+use crate::tensor_parallel::{Part, Shard};
 use crate::weights::{Builder, Init};
 
 /// An affine map of the last dimension, with a LoRA adapter where the builder has one for it.
@@ -13,6 +17,8 @@ pub(crate) struct Linear {
     bias: Option<Tensor>,
     layout: Layout,
     adapter: Option<Adapter>,
+    /// Where other ranks have parts of the layer too.
+    shard: Option<Shard>,
 }
 
 /// Which way a checkpoint stores a matrix. Weights keep the checkpoint's layout, so that a
@@ -40,10 +46,11 @@ impl Linear {
             Layout::InOut => [inputs, outputs],
         };
         Self {
-            weight: builder.weight(&format!("{name}.weight"), &shape, init),
+            weight: builder.matrix(&format!("{name}.weight"), &shape, init, layout),
             bias: bias.then(|| builder.weight(&format!("{name}.bias"), &[outputs], Init::Zeros)),
             layout,
             adapter: builder.adapter(name, (inputs, outputs), layout),
+            shard: builder.shard(name, inputs),
         }
     }
 
@@ -54,11 +61,21 @@ impl Linear {
             bias: self.bias.as_ref().map(Tensor::shallow_clone),
             layout: self.layout,
             adapter: self.adapter.as_ref().map(Adapter::share),
+            shard: self.shard.clone(),
         }
     }
 
     /// `[N, in]` to `[N, out]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.shard {
+            None => self.forward_here(x),
+            Some(shard) if shard.has_some_inputs() => self.forward_summed(x, shard),
+            Some(shard) => self.forward_part(&enter(x, shard)?, shard),
+        }
+    }
+
+    /// A layer that is not split, or a part of one that has all inputs.
+    fn forward_here(&self, x: &Tensor) -> Result<Tensor> {
         let output = match (self.layout, &self.bias) {
             (Layout::OutIn, bias) => linear(x, &self.weight, bias.as_ref())?,
             (Layout::InOut, Some(bias)) => bias.f_addmm(x, &self.weight)?,
@@ -71,8 +88,61 @@ impl Linear {
     }
 }
 
+/// The layer on several ranks.
+impl Linear {
+    /// Some of the outputs, of an input that has entered.
+    fn forward_part(&self, x: &Tensor, shard: &Shard) -> Result<Tensor> {
+        let Part::SomeOf { first, count } = shard.part else {
+            return self.forward_here(x);
+        };
+        let rows = |all: &Tensor| -> Result<Tensor> {
+            let all = enter_parallel(all, &shard.group).map_err(rlhf_core::Error::from)?;
+            Ok(all.f_narrow(0, first, count)?)
+        };
+        let bias = self.bias.as_ref().map(rows).transpose()?;
+        let output = linear(x, &rows(&self.weight)?, bias.as_ref())?;
+        match &self.adapter {
+            Some(adapter) => adapter.add_to(output, x),
+            None => Ok(output),
+        }
+    }
+
+    /// The sum over ranks of what each has of the inputs. The bias comes once, after it.
+    fn forward_summed(&self, x: &Tensor, shard: &Shard) -> Result<Tensor> {
+        let output = match self.layout {
+            Layout::OutIn => linear(x, &self.weight, None)?,
+            Layout::InOut => x.f_matmul(&self.weight)?,
+        };
+        let output = match &self.adapter {
+            Some(adapter) => adapter.add_to(output, x)?,
+            None => output,
+        };
+        let sum = leave_parallel(output, &shard.group).map_err(rlhf_core::Error::from)?;
+        match &self.bias {
+            Some(bias) => Ok(sum.f_add(bias)?),
+            None => Ok(sum),
+        }
+    }
+}
+
+fn enter(x: &Tensor, shard: &Shard) -> Result<Tensor> {
+    enter_parallel(x, &shard.group).map_err(rlhf_core::Error::from)
+}
+
 /// Several layers of the same input.
 pub(crate) fn forward_all<const N: usize>(layers: [&Linear; N], x: &Tensor) -> Result<[Tensor; N]> {
+    // They are split together or not at all; their input enters once.
+    if let Some(shard) = layers.iter().find_map(|layer| layer.shard.as_ref()) {
+        let x = enter(x, shard)?;
+        let mut outputs = layers.map(|_| Tensor::new());
+        for (output, layer) in outputs.iter_mut().zip(layers) {
+            *output = match &layer.shard {
+                Some(shard) => layer.forward_part(&x, shard)?,
+                None => layer.forward_here(&x)?,
+            };
+        }
+        return Ok(outputs);
+    }
     let plain = |l: &&Linear| l.layout == Layout::OutIn && l.adapter.is_none();
     if layers.iter().all(plain) {
         let maps = layers.map(|l| (&l.weight, l.bias.as_ref()));
@@ -137,6 +207,8 @@ pub(crate) struct RmsNorm {
     weight: Tensor,
     epsilon: f64,
     scale: RmsScale,
+    /// The ranks, where each norms other rows with the same weight.
+    ranks: Option<Arc<dyn Collective>>,
 }
 
 /// What a dimension is multiplied by.
@@ -154,6 +226,7 @@ impl RmsNorm {
             weight: builder.weight(&format!("{name}.weight"), &[size], Init::Ones),
             epsilon,
             scale: RmsScale::Weight,
+            ranks: builder.sharing(name),
         }
     }
 
@@ -163,6 +236,7 @@ impl RmsNorm {
             weight: builder.weight(&format!("{name}.weight"), &[size], Init::Zeros),
             epsilon,
             scale: RmsScale::OneMore,
+            ranks: builder.sharing(name),
         }
     }
 
@@ -170,14 +244,25 @@ impl RmsNorm {
     pub(crate) fn share(&self) -> Self {
         Self {
             weight: self.weight.shallow_clone(),
+            ranks: self.ranks.clone(),
             ..*self
         }
     }
 
     /// The mean square is taken in f32 whatever the model's kind, as transformers does.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.ranks {
+            None => self.forward_by(&self.weight, x),
+            Some(ranks) => {
+                let weight = enter_parallel(&self.weight, ranks);
+                self.forward_by(&weight.map_err(rlhf_core::Error::from)?, x)
+            }
+        }
+    }
+
+    fn forward_by(&self, weight: &Tensor, x: &Tensor) -> Result<Tensor> {
         if self.scale == RmsScale::Weight {
-            let few = kernels::rms_norm(x, &self.weight, self.epsilon);
+            let few = kernels::rms_norm(x, weight, self.epsilon);
             if let Some(y) = few.map_err(rlhf_core::Error::from)? {
                 return Ok(y);
             }
@@ -189,10 +274,10 @@ impl RmsNorm {
         let scale = mean.f_add_scalar(self.epsilon)?.f_rsqrt()?;
         let normed = wide.f_mul(&scale)?;
         Ok(match self.scale {
-            RmsScale::Weight => normed.f_to_kind(x.kind())?.f_mul(&self.weight)?,
+            RmsScale::Weight => normed.f_to_kind(x.kind())?.f_mul(weight)?,
             // Gemma rounds after the product.
             RmsScale::OneMore => {
-                let scales = self.weight.f_to_kind(Kind::Float)?.f_add_scalar(1.0)?;
+                let scales = weight.f_to_kind(Kind::Float)?.f_add_scalar(1.0)?;
                 normed.f_mul(&scales)?.f_to_kind(x.kind())?
             }
         })

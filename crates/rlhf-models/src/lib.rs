@@ -101,6 +101,8 @@ mod llama;
 mod lora;
 mod memory_plan;
 mod mistral;
+mod pipeline_parallel;
+mod placement;
 mod pre_norm;
 #[cfg(test)]
 mod properties;
@@ -108,6 +110,7 @@ mod qwen2;
 mod qwen3;
 mod rope;
 mod self_attention;
+mod tensor_parallel;
 mod tokenizer;
 mod transformer_config;
 mod trunk;
@@ -132,10 +135,13 @@ pub use memory_plan::{
     AdapterMemory, BatchShape, GenerationShape, MemoryChange, MemoryHead, MemoryOptions,
 };
 pub use mistral::MistralConfig;
+pub use pipeline_parallel::PipelineParallel;
+pub use placement::Placement;
 pub use qwen2::Qwen2Config;
 pub use qwen3::Qwen3Config;
 pub use rlhf_scale::{CheckpointPolicy, GradientCheckpointing};
 pub use rope::{RopeConfig, RopeScaling};
+pub use tensor_parallel::TensorParallel;
 pub use tokenizer::{Side, Tokenizer};
 pub use transformer_config::TransformerConfig;
 pub use value_head::{ValueHeadInit, ValueHeadModel};

@@ -9,6 +9,7 @@ use crate::attention_spec::AttentionSpec;
 use crate::config::Fields;
 use crate::pre_norm::pre_norm_trunk;
 use crate::self_attention::AttentionOptions;
+use crate::tensor_parallel::{LLAMA_PLAN, Plan, Widths};
 use crate::transformer_config::FieldNames;
 use crate::trunk::Trunk;
 use crate::weights::Builder;
@@ -63,6 +64,14 @@ impl Architecture for LlamaConfig {
         map.insert("mlp_bias".into(), json!(self.mlp_bias));
         self.transformer.write(&mut map, FieldNames::LLAMA);
         map
+    }
+
+    fn plan(&self) -> Plan {
+        LLAMA_PLAN
+    }
+
+    fn widths(&self) -> Widths {
+        self.transformer.widths()
     }
 
     fn build(&self, builder: &mut Builder) -> Result<Trunk, Error> {

@@ -12,6 +12,6 @@ mod files;
 mod models;
 
 pub(crate) use adapter::Adapter;
-pub(crate) use build::{AdapterBuilder, Adapters};
+pub(crate) use build::{AdapterBuilder, Adapters, copied};
 pub use config::{LoraConfig, Modules};
 pub(crate) use models::{CAUSAL_LM, Rebuild, SEQ_CLS, adapted};

@@ -33,7 +33,8 @@ pub(crate) fn pre_norm_trunk(
         (config.vocab_size, config.hidden_size),
         config.initializer_range,
     );
-    let blocks = (0..config.num_hidden_layers)
+    let blocks = builder
+        .layers(config.num_hidden_layers)
         .map(|layer| {
             let name = format!("model.layers.{layer}");
             let block = PreNormBlock::build(config, options(layer), mlp_bias, &name, builder);
@@ -51,6 +52,8 @@ pub(crate) fn pre_norm_trunk(
         rope: Rope::new(&config.rope, config.head_dim, builder.device())?,
         blocks,
         final_norm: Norm::Rms(norm),
+        stage: builder.stage(),
+        place: builder.place(),
     })
 }
 

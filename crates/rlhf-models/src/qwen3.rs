@@ -11,6 +11,7 @@ use crate::layer_windows::SlidingWindow;
 use crate::pre_norm::pre_norm_trunk;
 use crate::qwen2::{qwen_windows, write_qwen_windows};
 use crate::self_attention::AttentionOptions;
+use crate::tensor_parallel::{LLAMA_PLAN, Plan, Widths};
 use crate::transformer_config::{FieldNames, LeftOut};
 use crate::trunk::Trunk;
 use crate::weights::Builder;
@@ -94,6 +95,14 @@ impl Architecture for Qwen3Config {
         let layers = self.transformer.num_hidden_layers;
         write_qwen_windows(self.sliding_window.as_ref(), layers, &mut map);
         map
+    }
+
+    fn plan(&self) -> Plan {
+        LLAMA_PLAN
+    }
+
+    fn widths(&self) -> Widths {
+        self.transformer.widths()
     }
 
     fn build(&self, builder: &mut Builder) -> Result<Trunk, Error> {

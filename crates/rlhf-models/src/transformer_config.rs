@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 use crate::architecture::Sizes;
 use crate::config::{Fields, check_layers, check_sizes};
 use crate::rope::{RopeConfig, RopeScaling, rope_number};
+use crate::tensor_parallel::Widths;
 use crate::{Activation, Result, SpecialTokens};
 
 /// Sizes of a decoder with rotary positions, RMS norm, grouped queries and a gated feed-forward
@@ -156,6 +157,15 @@ impl TransformerConfig {
     /// Width of the keys of all heads.
     pub(crate) fn key_width(&self) -> i64 {
         self.num_key_value_heads * self.head_dim
+    }
+
+    pub(crate) fn widths(&self) -> Widths {
+        Widths {
+            heads: ("num_attention_heads", self.num_attention_heads),
+            kv_heads: ("num_key_value_heads", self.num_key_value_heads),
+            head_dim: self.head_dim,
+            inner: ("intermediate_size", self.intermediate_size),
+        }
     }
 
     pub(crate) fn sizes(&self) -> Sizes {

@@ -2,25 +2,32 @@
 
 use std::path::Path;
 
-use rlhf_core::{PackedBatch, SequenceBatch};
-use rlhf_scale::GradientCheckpointing;
+use rlhf_core::{PackedBatch, ParameterShards, SequenceBatch};
+use rlhf_scale::{GradientCheckpointing, VocabularyShard, leave_parallel};
 use tch::{Device, Kind, Tensor};
 
 use crate::attention::{Attention, RowsOfLast, SegmentAttention};
-use crate::checkpoint::{read_weights, write_model};
+use crate::checkpoint::{Reading, read_weights, write_model};
 use crate::config::Head;
 use crate::layers::{LayerNorm, RmsNorm};
 use crate::lora::Adapters;
+use crate::pipeline_parallel::Stage;
+use crate::placement::Placement;
 use crate::rope::{Rope, Rotation};
-use crate::weights::{Builder, Init, WeightMap};
+use crate::tensor_parallel::Cuts;
+use crate::weights::{Builder, Built, Init, WeightMap};
 use crate::{LoadOptions, ModelConfig, Result, SaveOptions};
 
 /// Everything of a model but its head: what an architecture hands over.
 pub(crate) struct Trunk {
     pub(crate) embedding: Embedding,
     pub(crate) rope: Rope,
+    /// All blocks, or those of the stage.
     pub(crate) blocks: Vec<Box<dyn Block>>,
     pub(crate) final_norm: Norm,
+    pub(crate) stage: Option<Stage>,
+    /// Kind and device of the weights.
+    pub(crate) place: (Kind, Device),
 }
 
 /// One of the layers that the residual stream runs through.
@@ -44,6 +51,8 @@ pub(crate) struct Embedding {
     tokens: Tensor,
     positions: Option<Tensor>,
     scale: Option<f64>,
+    /// Which tokens these are, where other ranks have the others.
+    shard: Option<VocabularyShard>,
 }
 
 impl Embedding {
@@ -58,6 +67,7 @@ impl Embedding {
             tokens: builder.weight(name, &[tokens, width], Init::Normal(initializer_range)),
             positions: None,
             scale: None,
+            shard: builder.vocabulary(tokens),
         }
     }
 
@@ -78,7 +88,10 @@ impl Embedding {
     }
 
     fn forward(&self, ids: &Tensor, positions: &Tensor) -> rlhf_core::Result<Tensor> {
-        let mut x = Tensor::f_embedding(&self.tokens, ids, -1, false, false)?;
+        let mut x = match &self.shard {
+            None => Tensor::f_embedding(&self.tokens, ids, -1, false, false)?,
+            Some(shard) => self.of_all_ranks(ids, shard)?,
+        };
         if let Some(scale) = self.scale {
             // Rounded to the model's kind before the product, as transformers does.
             x = x.f_mul(&Tensor::from(scale).f_to_kind(x.kind())?)?;
@@ -87,6 +100,18 @@ impl Embedding {
             x = x.f_add(&Tensor::f_embedding(table, positions, -1, false, false)?)?;
         }
         Ok(x)
+    }
+}
+
+impl Embedding {
+    /// Of tokens that some rank has: the others add zeros.
+    fn of_all_ranks(&self, ids: &Tensor, shard: &VocabularyShard) -> rlhf_core::Result<Tensor> {
+        let (rows, own) = (ids.f_sub_scalar(shard.first)?, self.tokens.size()[0]);
+        let inside = rows.f_ge(0)?.f_logical_and(&rows.f_lt(own)?)?;
+        let rows = rows.f_clamp(0, own - 1)?;
+        let x = Tensor::f_embedding(&self.tokens, &rows, -1, false, false)?;
+        let x = x.f_mul(&inside.f_unsqueeze(1)?.f_to_kind(x.kind())?)?;
+        leave_parallel(x, &shard.group).map_err(rlhf_core::Error::from)
     }
 }
 
@@ -110,7 +135,7 @@ impl Trunk {
         &self.embedding.tokens
     }
 
-    /// `[N]` ids and positions to `[N, H]` hidden states.
+    /// `[N]` ids and positions to `[N, H]` hidden states, of a trunk that is whole.
     pub(crate) fn forward(
         &self,
         ids: &Tensor,
@@ -125,7 +150,7 @@ impl Trunk {
         self.final_norm.forward(&x)
     }
 
-    /// Hidden states of a packed batch, keeping the activations that `checkpointing` says: of
+    /// Hidden states of a packed batch, or where a later stage makes them 0, a scalar, keeping the activations that `checkpointing` says: of
     /// `rows`, `[M, H]`, or of all tokens, `[N, H]`.
     fn hidden_states(
         &self,
@@ -138,7 +163,11 @@ impl Trunk {
             None => self.forward_checkpointed(batch, &segments, checkpointing),
             Some(rows) => {
                 // Every config has at least one block.
-                let last = self.blocks.len().saturating_sub(1);
+                let last = self.first_layer() + self.blocks.len().saturating_sub(1);
+                let last = match self.has_end() {
+                    true => last,
+                    false => usize::MAX,
+                };
                 let attention = RowsOfLast {
                     segments,
                     last,
@@ -157,14 +186,37 @@ impl Trunk {
         checkpointing: GradientCheckpointing,
     ) -> rlhf_core::Result<Tensor> {
         let (ids, positions) = (&batch.input_ids, &batch.position_ids);
-        let x = self.embedding.forward(ids, positions)?;
+        let first = self.first_layer();
+        let pass = self.stage.as_ref().map(|stage| (stage, stage.link.begin()));
+        let x = match pass {
+            Some((stage, pass)) if !stage.link.is_first() => {
+                let shape = [ids.size()[0], stage.width];
+                stage.link.receive(pass, &shape, self.place)?
+            }
+            _ => self.embedding.forward(ids, positions)?,
+        };
         let rotation = self.rope.rotation(positions, x.kind())?;
         let blocks = self.blocks.iter().enumerate().map(|(layer, block)| {
             let (block, rotation, attention) = (block.share(), rotation.share(), attention.clone());
-            move |x: &Tensor| block.forward(layer, x, &rotation, &mut attention.clone())
+            move |x: &Tensor| block.forward(first + layer, x, &rotation, &mut attention.clone())
         });
-        self.final_norm
-            .forward(&checkpointing.run(blocks.collect(), &x)?)
+        let x = checkpointing.run(blocks.collect(), &x)?;
+        match pass {
+            Some((stage, pass)) if !stage.link.is_last() => Ok(stage.link.send(pass, &x)?),
+            _ => self.final_norm.forward(&x),
+        }
+    }
+
+    /// The number of the first block here.
+    fn first_layer(&self) -> usize {
+        let stage = self.stage.as_ref();
+        stage.map_or(0, |stage| stage.layers.start as usize)
+    }
+
+    /// Whether hidden states come out here, rather than in a later stage.
+    pub(crate) fn has_end(&self) -> bool {
+        let stage = self.stage.as_ref();
+        stage.is_none_or(|stage| stage.link.is_last())
     }
 }
 
@@ -176,6 +228,10 @@ pub(crate) struct Model<H> {
     pub(crate) weights: WeightMap,
     /// Adapters of frozen weights.
     pub(crate) adapters: Option<Adapters>,
+    /// Where the other parts of the model are.
+    pub(crate) placement: Placement,
+    /// The weights that are split over ranks.
+    cuts: Cuts,
     pub(crate) checkpointing: GradientCheckpointing,
 }
 
@@ -188,36 +244,44 @@ impl<H> Model<H> {
         head: impl FnOnce(&ModelConfig, &Trunk, &mut Builder) -> H,
     ) -> Result<Self> {
         rlhf_scale::reuse_memory().map_err(rlhf_core::Error::from)?;
+        builder.split(&config)?;
         let trunk = config.build_trunk(&mut builder)?;
         let head = head(&config, &trunk, &mut builder);
-        let (weights, adapters) = builder.finish(dir)?;
+        let Built {
+            weights,
+            adapters,
+            placement,
+            cuts,
+        } = builder.finish(dir)?;
         Ok(Self {
             config,
             trunk,
             head,
             weights,
             adapters,
+            placement,
+            cuts,
             checkpointing: GradientCheckpointing::default(),
         })
     }
 
     /// Reads a folder's weights under this crate's names for them. `prepare` sees them before
-    /// the model is built, and what it returns goes to `head`.
+    /// the model is built, and what it returns goes to `head`. On several ranks each reads its part.
     pub(crate) fn load<P>(
         dir: &Path,
-        options: &LoadOptions,
+        (options, placement): (&LoadOptions, &Placement),
         prepare: impl FnOnce(&ModelConfig, &mut WeightMap) -> P,
         head: impl FnOnce(P, &ModelConfig, &Trunk, &mut Builder) -> H,
     ) -> Result<Self> {
         let config = ModelConfig::from_dir(dir)?;
-        let mut weights: WeightMap = read_weights(dir)?
+        let mut weights: WeightMap = read_weights(dir, Reading::of(placement))?
             .into_iter()
             .map(|(name, tensor)| (config.canonical_name(name), tensor))
             .collect();
         let prepared = prepare(&config, &mut weights);
         let stored = weights.values().next().map_or(Kind::Float, Tensor::kind);
         let kind = options.kind.unwrap_or(stored);
-        let builder = Builder::from_weights(weights, options.device, kind);
+        let builder = Builder::from_weights(weights, options.device, kind).at(placement);
         let mut model = Self::build(config, builder, dir, |config, trunk, builder| {
             head(prepared, config, trunk, builder)
         })?;
@@ -225,7 +289,8 @@ impl<H> Model<H> {
         Ok(model)
     }
 
-    /// Writes a folder that holds a plain model: adapters are merged into what is written.
+    /// Writes a folder that holds a plain model: adapters are merged into what is written. Of several
+    /// ranks the first writes the whole model.
     pub(crate) fn save(&self, dir: &Path, head: Head, options: &SaveOptions) -> Result<()> {
         let _guard = tch::no_grad_guard();
         let kind = options.kind.unwrap_or_else(|| self.kind());
@@ -239,7 +304,16 @@ impl<H> Model<H> {
             })
             .collect::<Result<Vec<_>>>()?;
         let config = self.config.to_json(head, kind);
-        write_model(dir, weights, kind, &config, options.max_shard_size)
+        let write = |weights| write_model(dir, weights, kind, &config, options.max_shard_size);
+        let placement = &self.placement;
+        if !placement.is_split() {
+            return write(weights);
+        }
+        let written = match placement.gather_all(weights, &self.cuts, self.device())? {
+            Some(weights) => write(weights),
+            None => Ok(()),
+        };
+        placement.agree(written, self.device())
     }
 
     /// A copy of every weight, adapters merged, to build another plain model from.
@@ -287,6 +361,16 @@ impl<H> Model<H> {
         Ok(batch.packed(self.device()))
     }
 
+    /// Where the weights are, if not all on this rank.
+    pub(crate) fn shards(&self) -> Option<ParameterShards> {
+        let of_adapters = self
+            .adapters
+            .iter()
+            .flat_map(|adapters| adapters.cuts.keys());
+        let cuts = self.cuts.keys().chain(of_adapters).cloned();
+        self.placement.shards(cuts, self.trunk.stage.as_ref())
+    }
+
     pub(crate) fn trainable(&self) -> Vec<(String, Tensor)> {
         let adapters = self.adapters.iter().flat_map(Adapters::weights);
         let mut trainable: Vec<_> = self
@@ -319,10 +403,10 @@ impl<H> Model<H> {
     }
 
     pub(crate) fn device(&self) -> Device {
-        self.trunk.token_embedding().device()
+        self.trunk.place.1
     }
 
     pub(crate) fn kind(&self) -> Kind {
-        self.trunk.token_embedding().kind()
+        self.trunk.place.0
     }
 }

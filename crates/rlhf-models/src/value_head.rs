@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use rlhf_core::{Error as CoreError, Parameters, SequenceBatch, ValueModel};
+use rlhf_core::{Error as CoreError, ParameterShards, Parameters, SequenceBatch, ValueModel};
 use rlhf_scale::GradientCheckpointing;
 use tch::{Device, Kind, Tensor};
 
@@ -13,7 +13,8 @@ use crate::lora::{CAUSAL_LM, Rebuild, SEQ_CLS, adapted};
 use crate::trunk::{Model, Trunk};
 use crate::weights::{Builder, Init, WeightMap, fresh};
 use crate::{
-    CausalLm, LoadOptions, LoraConfig, ModelConfig, Result, SaveOptions, SequenceClassifier,
+    CausalLm, LoadOptions, LoraConfig, ModelConfig, Placement, Result, SaveOptions,
+    SequenceClassifier, TensorParallel,
 };
 
 /// A trunk with a linear layer that gives every token a value.
@@ -86,9 +87,27 @@ impl ValueHeadModel {
     /// # Errors
     /// Those of [`CausalLm::from_pretrained`].
     pub fn from_pretrained(dir: impl AsRef<Path>, options: &LoadOptions) -> Result<Self> {
+        Self::load(dir.as_ref(), options, &Placement::default())
+    }
+
+    /// [`from_pretrained`](Self::from_pretrained) on several ranks, as
+    /// [`CausalLm::from_pretrained_parallel`]; the head is the same on all.
+    ///
+    /// # Errors
+    /// Those of [`from_pretrained`](Self::from_pretrained);
+    /// [`Error::CannotSplit`](crate::Error::CannotSplit).
+    pub fn from_pretrained_parallel(
+        dir: impl AsRef<Path>,
+        options: &LoadOptions,
+        ranks: &TensorParallel,
+    ) -> Result<Self> {
+        Self::load(dir.as_ref(), options, &ranks.into())
+    }
+
+    fn load(dir: &Path, options: &LoadOptions, placement: &Placement) -> Result<Self> {
         let model = Model::load(
-            dir.as_ref(),
-            options,
+            dir,
+            (options, placement),
             |config, weights| {
                 weights.remove(config.head_name());
                 HeadLayout::of(weights)
@@ -156,7 +175,8 @@ impl ValueHeadModel {
     /// A model of `weights` that is otherwise as `origin`.
     fn build_like<H>(origin: &Model<H>, weights: WeightMap) -> Result<Self> {
         let layout = HeadLayout::of(&weights);
-        let builder = Builder::from_weights(weights, origin.device(), origin.kind());
+        let builder =
+            Builder::from_weights(weights, origin.device(), origin.kind()).at(&origin.placement);
         let config = origin.config.clone();
         let mut model = Model::build(config, builder, Path::new(""), |config, _, builder| {
             layout.build(config, builder)
@@ -270,6 +290,10 @@ pub(crate) fn padded_values(batch: &SequenceBatch, values: &Tensor) -> rlhf_core
 impl Parameters for ValueHeadModel {
     fn named_parameters(&self) -> Vec<(String, Tensor)> {
         self.model.trainable()
+    }
+
+    fn parameter_shards(&self) -> Option<ParameterShards> {
+        self.model.shards()
     }
 }
 

@@ -1,15 +1,22 @@
 //! Weights by name: where a model's tensors come from, and where they are kept.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rlhf_core::Collective;
+use rlhf_scale::VocabularyShard;
 use tch::{Device, Kind, Tensor};
 
 use crate::layers::Layout;
-use crate::lora::{Adapter, AdapterBuilder, Adapters};
-use crate::{Error, Result, WeightProblem};
+use crate::lora::{Adapter, AdapterBuilder, Adapters, copied};
+use crate::pipeline_parallel::Stage;
+use crate::placement::Placement;
+use crate::tensor_parallel::{Cut, Cuts, Shard, Splitting};
+use crate::{Error, ModelConfig, Result, WeightProblem};
 
 /// A model's weights by their name in the checkpoint, each once.
 pub(crate) type WeightMap = BTreeMap<String, Tensor>;
@@ -35,6 +42,19 @@ pub(crate) struct Builder {
     /// The first failure of libtorch: no memory, for one.
     failure: Option<Error>,
     adapters: Option<AdapterBuilder>,
+    placement: Placement,
+    splitting: Option<Splitting>,
+    stage: Option<Stage>,
+    cuts: Cuts,
+}
+
+/// What a [`Builder`] has made.
+pub(crate) struct Built {
+    pub(crate) weights: WeightMap,
+    pub(crate) adapters: Option<Adapters>,
+    /// Where the other parts are, and the weights that are split over ranks.
+    pub(crate) placement: Placement,
+    pub(crate) cuts: Cuts,
 }
 
 enum Source {
@@ -79,7 +99,71 @@ impl Builder {
             problems: Vec::new(),
             failure: None,
             adapters: None,
+            placement: Placement::default(),
+            splitting: None,
+            stage: None,
+            cuts: Cuts::new(),
         }
+    }
+
+    /// A model of which each rank has a part. Weights that it is made of are whole, or this rank's
+    /// part.
+    pub(crate) fn at(self, placement: &Placement) -> Self {
+        Self {
+            placement: placement.clone(),
+            ..self
+        }
+    }
+
+    /// Looks up how the model is split. Fails where the ranks do not divide it.
+    pub(crate) fn split(&mut self, config: &ModelConfig) -> Result<()> {
+        let Placement { tensor, pipeline } = &self.placement;
+        let split = |ranks| Splitting::new(ranks, config.architecture());
+        self.splitting = tensor.as_ref().map(split).transpose()?;
+        let stage = |stages| Stage::new(stages, config.architecture());
+        self.stage = pipeline.as_ref().map(stage).transpose()?;
+        if let (Some(stage), Source::Checkpoint(weights) | Source::Shared(weights)) =
+            (&self.stage, &mut self.source)
+        {
+            weights.retain(|name, _| stage.has(name));
+        }
+        Ok(())
+    }
+
+    /// The stage that is built, of several.
+    pub(crate) fn stage(&self) -> Option<Stage> {
+        self.stage.clone()
+    }
+
+    /// The blocks that are built, of so many.
+    pub(crate) fn layers(&self, layers: i64) -> Range<i64> {
+        let stage = self.stage.as_ref();
+        stage.map_or(0..layers, |stage| stage.layers.clone())
+    }
+
+    /// The weights' kind, and where they are put.
+    pub(crate) fn place(&self) -> (Kind, Device) {
+        (self.kind, self.device)
+    }
+
+    /// Query heads that are built, of all.
+    pub(crate) fn local_heads(&self, heads: i64) -> i64 {
+        self.splitting.as_ref().map_or(heads, Splitting::heads)
+    }
+
+    /// What the linear layer of that name must know of other ranks.
+    pub(crate) fn shard(&self, name: &str, inputs: i64) -> Option<Shard> {
+        self.splitting.as_ref()?.shard(name, inputs)
+    }
+
+    /// The ranks, where each uses the module for its own heads.
+    pub(crate) fn sharing(&self, name: &str) -> Option<Arc<dyn Collective>> {
+        self.splitting.as_ref()?.shared(name)
+    }
+
+    /// This rank's tokens of the vocabulary.
+    pub(crate) fn vocabulary(&self, size: i64) -> Option<VocabularyShard> {
+        Some(self.placement.tensor.as_ref()?.vocabulary(size))
     }
 
     /// Where the weights are put.
@@ -90,10 +174,34 @@ impl Builder {
     /// The weight of that name. Where it does not fit, or cannot be made, that is noted for
     /// [`finish`](Self::finish) and a stand-in returned.
     pub(crate) fn weight(&mut self, name: &str, shape: &[i64], init: Init) -> Tensor {
+        self.matrix(name, shape, init, Layout::OutIn)
+    }
+
+    /// The weight of a linear layer: as [`weight`](Self::weight).
+    pub(crate) fn matrix(
+        &mut self,
+        name: &str,
+        shape: &[i64],
+        init: Init,
+        layout: Layout,
+    ) -> Tensor {
         if self.failure.is_some() {
             return Tensor::new();
         }
-        let tensor = match self.make(name, shape, init) {
+        // Another stage's: nothing here computes with it.
+        if self.stage.as_ref().is_some_and(|stage| !stage.has(name)) {
+            if let Some(adapters) = &mut self.adapters {
+                adapters.is_elsewhere(name);
+            }
+            return Tensor::new();
+        }
+        let cut = self.splitting.as_ref().and_then(|splitting| {
+            let cut = splitting.cut(name, shape.len(), layout == Layout::InOut)?;
+            self.cuts
+                .insert(name.into(), (cut, shape[cut.dim as usize]));
+            Some(cut)
+        });
+        let tensor = match self.make(name, shape, init, cut) {
             Ok(Some(tensor)) => tensor,
             Ok(None) => return Tensor::new(),
             Err(error) => {
@@ -104,18 +212,39 @@ impl Builder {
         self.weights.insert(name.into(), tensor.shallow_clone());
         match &mut self.adapters {
             // A module that is trained whole stands in for the frozen one.
-            Some(adapters) => adapters.saved_weight(name, &tensor).unwrap_or(tensor),
+            Some(adapters) => {
+                let part = cut.zip(self.splitting.as_ref());
+                let saved = adapters.saved_weight(name, (shape, part), &tensor);
+                saved.unwrap_or(tensor)
+            }
             None => tensor,
         }
     }
 
     /// The weight, or nothing where it does not fit.
-    fn make(&mut self, name: &str, shape: &[i64], init: Init) -> Result<Option<Tensor>> {
+    fn make(
+        &mut self,
+        name: &str,
+        shape: &[i64],
+        init: Init,
+        cut: Option<Cut>,
+    ) -> Result<Option<Tensor>> {
         let trainable = !matches!(self.source, Source::Shared(_));
+        let part = |whole: Tensor| match (&self.splitting, cut) {
+            (Some(splitting), Some(cut)) => splitting.part(cut, &whole),
+            // Files that are read in parts are mapped, and not aligned.
+            _ if trainable && self.placement.is_split() => copied(&whole),
+            _ => Ok(whole),
+        };
+        let is_part = |tensor: &Tensor| match (&self.splitting, cut) {
+            (Some(splitting), Some(cut)) => tensor.size() == splitting.part_shape(cut, shape),
+            _ => false,
+        };
         let tensor = match &mut self.source {
-            Source::Random { seed } => fresh(*seed, name, shape, init)?,
+            Source::Random { seed } => part(fresh(*seed, name, shape, init)?)?,
             Source::Checkpoint(weights) | Source::Shared(weights) => match weights.remove(name) {
-                Some(tensor) if tensor.size() == shape => tensor,
+                Some(tensor) if tensor.size() == shape => part(tensor)?,
+                Some(tensor) if is_part(&tensor) => tensor,
                 Some(tensor) => {
                     self.problems.push(WeightProblem::Shape {
                         name: name.into(),
@@ -144,14 +273,17 @@ impl Builder {
         size: (i64, i64),
         layout: Layout,
     ) -> Option<Adapter> {
-        self.adapters.as_mut()?.linear(name, size, layout)
+        let splitting = self.splitting.as_ref();
+        self.adapters
+            .as_mut()?
+            .linear(name, size, layout, splitting)
     }
 
     /// All weights that were asked for, and the adapters beside them.
     ///
     /// # Errors
     /// What libtorch could not do; else every problem met, in which `dir` names the checkpoint.
-    pub(crate) fn finish(mut self, dir: &Path) -> Result<(WeightMap, Option<Adapters>)> {
+    pub(crate) fn finish(mut self, dir: &Path) -> Result<Built> {
         if let Some(failure) = self.failure {
             return Err(failure);
         }
@@ -169,7 +301,12 @@ impl Builder {
             });
         }
         let adapters = self.adapters.map(AdapterBuilder::finish).transpose()?;
-        Ok((self.weights, adapters))
+        Ok(Built {
+            weights: self.weights,
+            adapters,
+            placement: self.placement,
+            cuts: self.cuts,
+        })
     }
 }
 

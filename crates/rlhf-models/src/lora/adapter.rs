@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rlhf_core::Result;
-use rlhf_scale::grad_enabled;
+use rlhf_scale::{enter_parallel, grad_enabled};
 use tch::{Kind, Tensor};
 
 use crate::layers::Layout;
+use crate::tensor_parallel::{Part, Shard};
 
 /// `s · B A`, the low-rank part of a linear layer.
 pub(crate) struct Adapter {
@@ -17,6 +18,9 @@ pub(crate) struct Adapter {
     pub(super) b: Tensor,
     pub(super) scaling: f64,
     pub(super) dropout: Arc<Dropout>,
+    /// Where other ranks have parts of the layer too: a part of `B` with the layer's outputs, or of
+    /// `A` with its inputs.
+    pub(super) shard: Option<Shard>,
 }
 
 /// Dropout of the adapters' inputs: one switch for all adapters of a model, which the copies of
@@ -51,6 +55,7 @@ impl Adapter {
             b: self.b.shallow_clone(),
             scaling: self.scaling,
             dropout: Arc::clone(&self.dropout),
+            shard: self.shard.clone(),
         }
     }
 
@@ -62,16 +67,48 @@ impl Adapter {
     /// # Shapes
     /// `output`: `[N, out]`; `x`: `[N, in]`.
     pub(crate) fn add_to(&self, mut output: Tensor, x: &Tensor) -> Result<Tensor> {
-        let (a, b) = (self.a.f_to_kind(x.kind())?, self.b.f_to_kind(x.kind())?);
+        let (a, b) = self.factors()?;
+        let (a, b) = (a.f_to_kind(x.kind())?, b.f_to_kind(x.kind())?);
         let mut narrow = match self.drops() {
-            true => x
-                .f_dropout(self.dropout.probability, true)?
-                .f_linear(&a, None::<&Tensor>)?,
+            true => self.dropped(x)?.f_linear(&a, None::<&Tensor>)?,
             false => x.f_linear(&a, None::<&Tensor>)?,
         };
         // Scaled where it is smallest.
         let narrow = narrow.f_mul_scalar_(self.scaling)?;
         Ok(output.f_addmm_(&narrow, &b.f_transpose(0, 1)?)?)
+    }
+
+    /// The factors as they are multiplied. One that all ranks have is used by each for its part of the
+    /// layer, and its gradient is the sum of theirs.
+    fn factors(&self) -> Result<(Tensor, Tensor)> {
+        let own = |factor: &Tensor| factor.shallow_clone();
+        let Some(Shard { part, group }) = &self.shard else {
+            return Ok((own(&self.a), own(&self.b)));
+        };
+        let enter = |factor| enter_parallel(factor, group).map_err(rlhf_core::Error::from);
+        Ok(match part {
+            Part::Outputs => (enter(&self.a)?, own(&self.b)),
+            Part::SomeOf { first, count } => {
+                let b = enter(&self.b)?.f_narrow(0, *first, *count)?;
+                (enter(&self.a)?, b)
+            }
+            Part::Inputs { .. } => (own(&self.a), enter(&self.b)?),
+        })
+    }
+
+    /// The input with dropout. Some of the inputs lose what they would lose among all.
+    fn dropped(&self, x: &Tensor) -> Result<Tensor> {
+        let p = self.dropout.probability;
+        let Some(Shard {
+            part: Part::Inputs { first, all },
+            ..
+        }) = self.shard
+        else {
+            return Ok(x.f_dropout(p, true)?);
+        };
+        let size = x.size();
+        let kept = Tensor::f_ones([size[0], all], (x.kind(), x.device()))?.f_dropout(p, true)?;
+        Ok(x.f_mul(&kept.f_narrow(1, first, size[1])?)?)
     }
 
     /// What is random is random in training alone: rollouts and evaluations record no gradients.

@@ -10,6 +10,7 @@ use super::adapter::{Adapter, Dropout};
 use super::config::{LoraConfig, Selection, is_end};
 use crate::error::AdapterProblem;
 use crate::layers::Layout;
+use crate::tensor_parallel::{Cut, Cuts, Splitting};
 use crate::weights::{Init, WeightMap, fresh};
 use crate::{Error, Result, WeightProblem};
 
@@ -22,6 +23,8 @@ pub(crate) struct Adapters {
     /// By the name of the linear layer.
     adapters: BTreeMap<String, (Adapter, Layout)>,
     pub(super) dropout: Arc<Dropout>,
+    /// The weights that are split over ranks.
+    pub(crate) cuts: Cuts,
 }
 
 /// Where adapters come from.
@@ -50,6 +53,9 @@ pub(crate) struct AdapterBuilder {
     failure: Option<Error>,
 }
 
+/// How this rank's part of a weight is cut out.
+type PartOf<'a> = (Cut, &'a Splitting);
+
 impl AdapterBuilder {
     /// Adapters of a model whose weights are of the kind `base`.
     pub(super) fn new(
@@ -73,6 +79,7 @@ impl AdapterBuilder {
                 weights: WeightMap::new(),
                 adapters: BTreeMap::new(),
                 dropout: Arc::new(Dropout::new(config.dropout)),
+                cuts: Cuts::new(),
             },
             linears: Vec::new(),
             modules: BTreeSet::new(),
@@ -93,6 +100,7 @@ impl AdapterBuilder {
         name: &str,
         (inputs, outputs): (i64, i64),
         layout: Layout,
+        splitting: Option<&Splitting>,
     ) -> Option<Adapter> {
         if !self.selection.is_saved(name) {
             self.linears.push(name.into());
@@ -103,26 +111,44 @@ impl AdapterBuilder {
         let (rank, alpha) = self.selection.size(name);
         // Kaiming's uniform with a = √5, as PEFT and PyTorch's linear layers have it.
         let init = Init::Uniform(1.0 / (inputs as f64).sqrt());
+        let (of_a, of_b) = splitting.map_or((None, None), |splitting| {
+            let (a, b) = splitting.adapter_cuts(name);
+            (a.map(|cut| (cut, splitting)), b.map(|cut| (cut, splitting)))
+        });
+        let (a, b) = (
+            format!("{name}.lora_A.weight"),
+            format!("{name}.lora_B.weight"),
+        );
         let adapter = Adapter {
-            a: self.factor(&format!("{name}.lora_A.weight"), [rank, inputs], init),
-            b: self.factor(
-                &format!("{name}.lora_B.weight"),
-                [outputs, rank],
-                Init::Zeros,
-            ),
+            a: self.factor(&a, ([rank, inputs], of_a), init),
+            b: self.factor(&b, ([outputs, rank], of_b), Init::Zeros),
             scaling: self.built.config.scaling(rank, alpha),
             dropout: Arc::clone(&self.built.dropout),
+            shard: splitting.and_then(|splitting| splitting.shard(name, inputs)),
         };
         let kept = (adapter.share(), layout);
         self.built.adapters.insert(name.into(), kept);
         Some(adapter)
     }
 
-    fn factor(&mut self, name: &str, shape: [i64; 2], init: Init) -> Tensor {
+    fn factor(
+        &mut self,
+        name: &str,
+        (shape, part): ([i64; 2], Option<PartOf<'_>>),
+        init: Init,
+    ) -> Tensor {
         let made = match &self.origin {
-            Origin::Fresh { seed } => fresh(*seed, name, &shape, init).map(Some),
-            Origin::Given { .. } => Ok(self.given(name, &shape)),
+            Origin::Fresh { seed } => {
+                let whole = fresh(*seed, name, &shape, init);
+                let own = |whole: Tensor| match part {
+                    Some((cut, splitting)) => splitting.part(cut, &whole),
+                    None => Ok(whole),
+                };
+                whole.and_then(own).map(Some)
+            }
+            Origin::Given { .. } => self.given(name, (&shape, part)),
         };
+        self.note_cut(name, &shape, part);
         self.kept(name, made, self.kind).unwrap_or_default()
     }
 
@@ -138,8 +164,27 @@ impl AdapterBuilder {
         })
     }
 
-    /// The weight that stands in for `base` if its module is trained whole.
-    pub(crate) fn saved_weight(&mut self, name: &str, base: &Tensor) -> Option<Tensor> {
+    /// Notes that a weight is split.
+    fn note_cut(&mut self, name: &str, shape: &[i64], part: Option<PartOf<'_>>) {
+        if let Some((cut, _)) = part {
+            let size = shape[cut.dim as usize];
+            self.built.cuts.insert(name.into(), (cut, size));
+        }
+    }
+
+    /// Notes a weight that another stage has.
+    pub(crate) fn is_elsewhere(&mut self, name: &str) {
+        self.modules.insert(module_of(name).into());
+    }
+
+    /// The weight that stands in for `base` if its module is trained whole; `base` may be a part of
+    /// a weight of the shape given.
+    pub(crate) fn saved_weight(
+        &mut self,
+        name: &str,
+        (shape, part): (&[i64], Option<PartOf<'_>>),
+        base: &Tensor,
+    ) -> Option<Tensor> {
         let module = module_of(name);
         self.modules.insert(module.into());
         if !self.selection.is_saved(module) {
@@ -147,18 +192,33 @@ impl AdapterBuilder {
         }
         let made = match &self.origin {
             Origin::Fresh { .. } => copied(base).map(Some),
-            Origin::Given { .. } => Ok(self.given(name, &base.size())),
+            Origin::Given { .. } => self.given(name, (shape, part)),
         };
+        self.note_cut(name, shape, part);
         self.kept(name, made, base.kind())
     }
 
     /// Takes a weight out of those given.
-    fn given(&mut self, name: &str, expected: &[i64]) -> Option<Tensor> {
+    fn given(
+        &mut self,
+        name: &str,
+        (expected, part): (&[i64], Option<PartOf<'_>>),
+    ) -> Result<Option<Tensor>> {
         let Origin::Given { weights, .. } = &mut self.origin else {
-            return None;
+            return Ok(None);
+        };
+        let is_part = |tensor: &Tensor| {
+            part.is_some_and(|(cut, all)| tensor.size() == all.part_shape(cut, expected))
         };
         let problem = match weights.remove(name) {
-            Some(tensor) if tensor.size() == expected => return Some(tensor),
+            Some(tensor) if tensor.size() == expected => {
+                return match part {
+                    Some((cut, splitting)) => splitting.part(cut, &tensor).map(Some),
+                    None => Ok(Some(tensor)),
+                };
+            }
+            // A copy of another model's adapters.
+            Some(tensor) if is_part(&tensor) => return Ok(Some(tensor)),
             Some(tensor) => WeightProblem::Shape {
                 name: name.into(),
                 found: tensor.size(),
@@ -170,7 +230,7 @@ impl AdapterBuilder {
             },
         };
         self.problems.push(problem.into());
-        None
+        Ok(None)
     }
 
     fn keep(&mut self, name: &str, tensor: &Tensor, kind: Kind) -> Result<Tensor> {
@@ -236,6 +296,12 @@ impl Adapters {
         ranks.sum::<i64>() as u64
     }
 
+    /// All that is trained, without history.
+    pub(super) fn detached(&self) -> Vec<(String, Tensor)> {
+        let detached = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.detach());
+        self.weights.iter().map(detached).collect()
+    }
+
     /// All that is trained, by name.
     pub(crate) fn weights(&self) -> &WeightMap {
         &self.weights
@@ -277,7 +343,7 @@ impl Adapters {
 }
 
 /// Memory of its own, and no history.
-pub(super) fn copied(tensor: &Tensor) -> Result<Tensor> {
+pub(crate) fn copied(tensor: &Tensor) -> Result<Tensor> {
     let _guard = tch::no_grad_guard();
     let mut copy = tensor.f_detach()?.f_empty_like()?;
     copy.f_copy_(tensor)?;

@@ -6,6 +6,7 @@ use std::path::Path;
 use rlhf_scale::io::{read_tensors, save_tensors};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
+use tch::Tensor;
 
 use super::build::{Adapters, last_parts};
 use super::config::{LoraConfig, Modules};
@@ -164,18 +165,18 @@ fn is_used(value: &Value) -> bool {
     }
 }
 
-/// Writes the folder of an adapter. Each file is complete or not there.
+/// Writes the folder of adapters with these weights. Each file is complete or not there.
 pub(super) fn write(
     dir: &Path,
     adapters: &Adapters,
+    weights: Vec<(String, Tensor)>,
     task_type: &str,
     ties_saved_embedding: bool,
 ) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::io("creating", dir))?;
-    let weights: Vec<_> = adapters
-        .weights()
-        .iter()
-        .map(|(name, tensor)| (format!("{PREFIX}{name}"), tensor.detach()))
+    let weights: Vec<_> = weights
+        .into_iter()
+        .map(|(name, tensor)| (format!("{PREFIX}{name}"), tensor))
         .collect();
     save_tensors(&dir.join(WEIGHTS), &weights)?;
     let path = dir.join(CONFIG);

@@ -24,6 +24,7 @@ pub(crate) trait Rebuild {
 impl<H: Rebuild> Model<H> {
     fn rebuilt(&self, builder: Builder) -> Result<Self> {
         let config = self.config.clone();
+        let builder = builder.at(&self.placement);
         let mut model = Self::build(config, builder, Path::new(""), |config, trunk, builder| {
             self.head.rebuild(config, trunk, builder)
         })?;
@@ -91,7 +92,10 @@ impl<H: Rebuild> Model<H> {
     fn load_adapter(&mut self, dir: &Path) -> Result<()> {
         self.check_plain()?;
         let files = AdapterFiles::read(dir)?;
-        let weights = files.weights;
+        let mut weights = files.weights;
+        if let Some(stage) = &self.trunk.stage {
+            weights.retain(|name, _| stage.has(name));
+        }
         let path = Some(dir.to_path_buf());
         let adapters = self.adapters_from(&files.config, Origin::Given { weights, path })?;
         let model = self.on_base(Some(adapters))?;
@@ -112,7 +116,16 @@ impl<H: Rebuild> Model<H> {
     fn save_adapter(&self, dir: &Path) -> Result<()> {
         let adapters = self.adapters.as_ref().ok_or(Error::NoAdapter)?;
         let task_type = self.head.task_type();
-        files::write(dir, adapters, task_type, self.trains_tied_embedding())
+        let tied = self.trains_tied_embedding();
+        let (weights, placement) = (adapters.detached(), &self.placement);
+        if !placement.is_split() {
+            return files::write(dir, adapters, weights, task_type, tied);
+        }
+        let written = match placement.gather_all(weights, &adapters.cuts, self.device())? {
+            Some(weights) => files::write(dir, adapters, weights, task_type, tied),
+            None => Ok(()),
+        };
+        placement.agree(written, self.device())
     }
 
     fn merge(&mut self) -> Result<()> {
@@ -165,7 +178,11 @@ impl<H: Rebuild> Model<H> {
         self.config.ties_embeddings()
             && self.head.task_type() == CAUSAL_LM
             && self.adapters.as_ref().is_some_and(|adapters| {
-                let embedding = self.trunk.token_embedding().data_ptr();
+                let embedding = self.trunk.token_embedding();
+                if !embedding.defined() {
+                    return false;
+                }
+                let embedding = embedding.data_ptr();
                 let mut weights = adapters.weights().values();
                 weights.any(|weight| weight.data_ptr() == embedding)
             })
@@ -208,7 +225,7 @@ pub(crate) fn adapted<H: Rebuild>(
     let origin = &origin.model;
     let adapters = origin.adapters_from(&lora, Origin::Fresh { seed })?;
     let (device, kind) = (origin.device(), origin.kind());
-    let builder = Builder::shared(weights, device, kind, Some(adapters));
+    let builder = Builder::shared(weights, device, kind, Some(adapters)).at(&origin.placement);
     let mut model = Model::build(origin.config.clone(), builder, Path::new(""), head)?;
     model.checkpointing = origin.checkpointing;
     Ok(model)
