@@ -38,12 +38,14 @@ fn main() -> Result<(), &'static str> {
             "csrc/allocator.cpp",
             "csrc/attention.cpp",
             "csrc/autograd.cpp",
+            "csrc/causal.cpp",
             "csrc/linear.cpp",
             "csrc/memory.cpp",
             "csrc/rows.cpp",
             "csrc/shim.cpp",
             "csrc/softmax.cpp",
             "csrc/stop_early.cpp",
+            "csrc/training.cpp",
         ])
         .compile("rlhf_scale_shim");
     // A static library must come before the ones whose symbols it uses, so torch-sys's own

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use rlhf_core::{Error, Result, Segment};
+use rlhf_scale::recorded::{self, CausalAttentionInput};
 use tch::{Device, Kind, Tensor};
 
 use crate::attention_spec::{AttentionSpec, Visible};
@@ -88,6 +89,7 @@ impl Clone for RowsOfLast {
 
 /// The segments of a packed run, each token looking at those before it.
 pub(crate) struct SegmentAttention {
+    segments: Arc<[Segment]>,
     calls: Arc<[Call]>,
     /// What the queries of a call with a prefix may look at, `[length, prefix + length]` bool.
     masks: Vec<Option<Tensor>>,
@@ -125,6 +127,7 @@ impl SegmentAttention {
         };
         Ok(Self {
             masks: calls.iter().map(mask).collect::<Result<_>>()?,
+            segments: segments.into(),
             calls: calls.into(),
         })
     }
@@ -134,6 +137,7 @@ impl Clone for SegmentAttention {
     fn clone(&self) -> Self {
         let share = |mask: &Option<Tensor>| mask.as_ref().map(Tensor::shallow_clone);
         Self {
+            segments: Arc::clone(&self.segments),
             calls: Arc::clone(&self.calls),
             masks: self.masks.iter().map(share).collect(),
         }
@@ -170,8 +174,29 @@ fn calls(segments: &[Segment]) -> Vec<Call> {
     calls
 }
 
+impl SegmentAttention {
+    /// By one kernel for all segments, where there is such.
+    fn attend_at_once(&self, qkv: &Qkv, spec: &AttentionSpec) -> Result<Option<Tensor>> {
+        if spec.softcap.is_some() {
+            return Ok(None);
+        }
+        let input = CausalAttentionInput {
+            query: &qkv.query,
+            key: &qkv.key,
+            value: &qkv.value,
+            segments: &self.segments,
+            scale: spec.scale,
+            window: spec.window,
+        };
+        recorded::causal_attention(&input).map_err(Error::from)
+    }
+}
+
 impl Attention for SegmentAttention {
     fn attend(&mut self, _layer: usize, qkv: &Qkv, spec: &AttentionSpec) -> Result<Tensor> {
+        if let Some(attended) = self.attend_at_once(qkv, spec)? {
+            return Ok(attended);
+        }
         if let [call] = &*self.calls {
             let (query, key, value) = (&qkv.query, &qkv.key, &qkv.value);
             return call.attend(query, &call.own(key)?, &call.own(value)?, None, spec);

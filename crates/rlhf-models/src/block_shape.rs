@@ -1,9 +1,9 @@
 //! Every architecture in the numbers that decide what its training keeps in memory.
 
-use rlhf_scale::{BlockMemory, GenerationMemory, Precision};
+use rlhf_scale::{BlockMemory, GenerationMemory, Precision, recorded};
 
 use crate::memory_plan::AdapterMemory;
-use crate::{Gemma2Config, Gpt2Config, GptNeoxConfig, ModelConfig, TransformerConfig};
+use crate::{Activation, Gemma2Config, Gpt2Config, GptNeoxConfig, ModelConfig, TransformerConfig};
 
 /// A model whose blocks are alike. Sizes count elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +21,8 @@ pub(crate) struct ModelShape {
     intermediate: u64,
     /// Whether the feed-forward layer has a gate.
     gated: bool,
+    /// Whether that is SiLU's, for which there is a kernel.
+    silu: bool,
     /// Whether attention and feed-forward layer read the same input.
     parallel: bool,
     /// Width of the queries, and of the keys.
@@ -172,7 +174,10 @@ impl ModelShape {
     ) -> BlockMemory {
         let bytes = bytes_of(precision);
         let (hidden, inner) = (self.hidden, self.intermediate);
-        let head_norms = when(self.head_norms, (4 + bytes) * (self.query + self.key));
+        let kernels = self.has_kernels(precision);
+        let at_once = kernels && !self.score_cap && (self.query / self.heads).is_multiple_of(16);
+        let head_norm = if kernels { bytes } else { 4 + bytes };
+        let head_norms = when(self.head_norms, head_norm * (self.query + self.key));
         let rotated = match self.projection {
             Projection::FusedThenRotated => self.query + self.key,
             Projection::Fused | Projection::Separate => 0,
@@ -180,22 +185,35 @@ impl ModelShape {
         // The fused kernel keeps its output; what goes into the output projection is that or, of
         // several calls, a copy, unless rows are chosen from it.
         let copy = (tokens.ragged || self.score_cap) && fed.is_none();
-        let attended = when(!self.score_cap, self.query) + when(copy, self.query);
+        let attended = match at_once {
+            true => when(fed.is_none(), self.query),
+            false => when(!self.score_cap, self.query) + when(copy, self.query),
+        };
         let before = self.norm_kept(precision)
             + head_norms
             + bytes * (self.query + 2 * self.key + rotated + attended)
-            + when(!self.score_cap, 4 * self.heads);
-        let feed_forward = if self.gated { 4 } else { 2 } * inner;
+            + when(!self.score_cap && !at_once, 4 * self.heads);
+        let feed_forward = match (self.gated, kernels && self.silu) {
+            (true, true) => 3 * inner,
+            (true, false) => 4 * inner,
+            (false, _) => 2 * inner,
+        };
         // Parallel sublayers share their input, and chosen rows are tensors of their own.
         let shared = when(self.parallel && fed.is_none(), bytes * hidden);
         let after = self.norm_kept(precision) - shared
             + when(self.after_norms, 2 * (8 * hidden + 4))
             + bytes * (feed_forward + when(fed.is_some(), self.query));
         let fed = fed.unwrap_or(tokens.count);
-        let (scores, attention_backward) = self.capped_scores(precision, tokens);
+        let (scores, mut attention_backward) = self.capped_scores(precision, tokens);
+        if at_once {
+            // The gradients of the stream, of what was attended, and of queries, keys and values, those
+            // of the last two in f32, too.
+            attention_backward = tokens.count
+                * (bytes * (hidden + 2 * self.query + 2 * self.key) + 4 * 2 * self.key);
+        }
         // The first weight of backward is the last of forward: all activations are still there, the
-        // output's gradient, and those of the feed-forward layer. Where scores are capped, attention
-        // may need more after the feed-forward layer is done.
+        // output's gradient, and those of the feed-forward layer. Attention may need more after the
+        // feed-forward layer is done.
         let branches = if self.gated { 2 } else { 1 };
         // Of 16-bit operands in the layout of GPT-2's matrices the kernel makes a copy in the other.
         let copied = when(bytes < 4 && self.projection == Projection::Fused, inner);
@@ -227,6 +245,7 @@ impl ModelShape {
         let fed = fed.unwrap_or(tokens.count);
         let normalised = match self.norm {
             Norm::Layer => 0,
+            Norm::Rms if self.has_kernels(precision) => 0,
             Norm::Rms => bytes,
             Norm::RmsAroundOne => 4,
         };
@@ -259,11 +278,17 @@ impl ModelShape {
         (kept, (6 + bytes) * self.heads * tokens.largest_call)
     }
 
+    /// Whether a block's norms, gates and attention have kernels that keep less.
+    fn has_kernels(&self, precision: Precision) -> bool {
+        precision == Precision::Bf16 && recorded::available()
+    }
+
     /// Bytes a token that a norm keeps, its input and output included.
     fn norm_kept(&self, precision: Precision) -> u64 {
         let bytes = bytes_of(precision);
         match self.norm {
             Norm::Layer => bytes * (2 * self.hidden + 2),
+            Norm::Rms if self.has_kernels(precision) => 2 * bytes * self.hidden,
             Norm::Rms => (4 + 2 * bytes) * self.hidden + 4,
             Norm::RmsAroundOne => (4 + 4 + bytes) * self.hidden + 4,
         }
@@ -275,6 +300,7 @@ impl ModelShape {
         let kept = tokens * self.norm_kept(precision) - output;
         match self.norm {
             Norm::Layer => (kept, 2 * output),
+            Norm::Rms if self.has_kernels(precision) => (kept, 2 * output),
             // In f32: the gradients of the two factors of x / rms(x), and their sum.
             Norm::Rms | Norm::RmsAroundOne => (kept, 4 * 4 * tokens * self.hidden),
         }
@@ -344,6 +370,7 @@ fn gpt2(config: &Gpt2Config) -> ModelShape {
             + intermediate,
         intermediate,
         gated: false,
+        silu: false,
         parallel: false,
         query: hidden,
         key: hidden,
@@ -380,6 +407,7 @@ fn gpt_neox(config: &GptNeoxConfig) -> ModelShape {
             + intermediate,
         intermediate,
         gated: false,
+        silu: false,
         parallel: config.use_parallel_residual,
         query: hidden,
         key: hidden,
@@ -433,6 +461,7 @@ fn pre_norm(
             + when(mlp_bias, 2 * intermediate + hidden),
         intermediate,
         gated: true,
+        silu: config.hidden_act == Activation::Silu,
         parallel: false,
         query,
         key,

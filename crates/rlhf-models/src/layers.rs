@@ -1,10 +1,10 @@
 //! Layers that several architectures are made of.
 
-use rlhf_core::Result;
 use std::sync::Arc;
 
 use rlhf_core::Collective;
-use rlhf_scale::{enter_parallel, kernels, leave_parallel};
+use rlhf_core::Result;
+use rlhf_scale::{enter_parallel, kernels, leave_parallel, recorded};
 use tch::{Kind, Tensor};
 
 use crate::lora::Adapter;
@@ -249,19 +249,39 @@ impl RmsNorm {
         }
     }
 
+    /// The sum of both, and it normalised.
+    pub(crate) fn add_forward(&self, x: &Tensor, added: &Tensor) -> Result<(Tensor, Tensor)> {
+        let weight = self.entered_weight()?;
+        if self.scale == RmsScale::Weight {
+            let recorded = recorded::add_rms_norm(x, added, &weight, self.epsilon);
+            if let Some(both) = recorded.map_err(rlhf_core::Error::from)? {
+                return Ok(both);
+            }
+        }
+        let sum = x.f_add(added)?;
+        let normed = self.forward_by(&weight, &sum)?;
+        Ok((sum, normed))
+    }
+
     /// The mean square is taken in f32 whatever the model's kind, as transformers does.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward_by(&self.entered_weight()?, x)
+    }
+
+    /// The weight, whose gradient is the sum of those of all ranks.
+    fn entered_weight(&self) -> Result<Tensor> {
         match &self.ranks {
-            None => self.forward_by(&self.weight, x),
-            Some(ranks) => {
-                let weight = enter_parallel(&self.weight, ranks);
-                self.forward_by(&weight.map_err(rlhf_core::Error::from)?, x)
-            }
+            None => Ok(self.weight.shallow_clone()),
+            Some(ranks) => Ok(enter_parallel(&self.weight, ranks).map_err(rlhf_core::Error::from)?),
         }
     }
 
     fn forward_by(&self, weight: &Tensor, x: &Tensor) -> Result<Tensor> {
         if self.scale == RmsScale::Weight {
+            let recorded = recorded::rms_norm(x, weight, self.epsilon);
+            if let Some(y) = recorded.map_err(rlhf_core::Error::from)? {
+                return Ok(y);
+            }
             let few = kernels::rms_norm(x, weight, self.epsilon);
             if let Some(y) = few.map_err(rlhf_core::Error::from)? {
                 return Ok(y);

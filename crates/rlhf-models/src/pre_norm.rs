@@ -97,8 +97,9 @@ impl Block for PreNormBlock {
         let attended = self
             .attention
             .forward(layer, &normed, rotation, attention)?;
-        let x = attention.attended_rows(layer, x)?.f_add(&attended)?;
-        let fed = self.mlp.forward(&self.mlp_norm.forward(&x)?)?;
+        let rows = attention.attended_rows(layer, x)?;
+        let (x, normed) = self.mlp_norm.add_forward(&rows, &attended)?;
+        let fed = self.mlp.forward(&normed)?;
         Ok(x.f_add(&fed)?)
     }
 }

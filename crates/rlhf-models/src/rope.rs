@@ -1,7 +1,7 @@
 //! Rotary position embeddings (Su et al. 2021, arXiv 2104.09864).
 
 use rlhf_core::{Error as CoreError, Result};
-use rlhf_scale::kernels;
+use rlhf_scale::{kernels, recorded};
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -406,8 +406,10 @@ impl Rotation {
         let Some((cos, sin)) = &self.0 else {
             return Ok(x.shallow_clone());
         };
-        let fused = kernels::rotate(x, cos, sin).map_err(CoreError::from)?;
-        if let Some(turned) = fused {
+        if let Some(turned) = recorded::rotate(x, cos, sin).map_err(CoreError::from)? {
+            return Ok(turned);
+        }
+        if let Some(turned) = kernels::rotate(x, cos, sin).map_err(CoreError::from)? {
             return Ok(turned);
         }
         let (width, whole) = (cos.size()[2], x.size()[2]);

@@ -1,6 +1,7 @@
 // What tch leaves out of libtorch: list operations (fused AdamW, foreach norms), writable gradients,
 // backward with output gradients, and tensors over memory that Rust owns.
 #include "guard.h"
+#include "vectors.h"
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_foreach_add.h>
@@ -18,6 +19,50 @@
 using at::Tensor;
 using rlhf::guarded;
 using rlhf::list;
+
+namespace {
+
+// Which of the two bf16 numbers around a value element `i` is rounded to: up from this share of their distance on,
+// counted in 1/65536. Mixed from the index, so that the shares of many elements are spread evenly; that of the
+// first is a half, as in rounding to the nearest.
+inline uint32_t dither(uint32_t i) {
+  uint32_t x = i * 0x9e3779b1u;
+  x = (x ^ (x >> 15)) * 0x85ebca77u;
+  x = x ^ (x >> 13);
+  return ((x >> 16) + 0x8000u) & 0xffffu;
+}
+
+#define ROUND_BODY                                                                              \
+  for (int64_t i = begin; i < end; i++) {                                                       \
+    uint32_t bits;                                                                              \
+    memcpy(&bits, from + i, 4);                                                                 \
+    bool special = (bits & 0x7f800000u) == 0x7f800000u;                                         \
+    uint32_t more = special ? ((bits & 0x007fffffu) ? 0x00400000u : 0u) : dither(static_cast<uint32_t>(i)); \
+    to[i] = static_cast<uint16_t>((special ? bits | more : bits + more) >> 16);                 \
+  }
+
+void round_plain(const float* from, uint16_t* to, int64_t begin, int64_t end) { ROUND_BODY }
+#ifdef RLHF_KERNELS
+WIDE void round_wide(const float* from, uint16_t* to, int64_t begin, int64_t end) { ROUND_BODY }
+#endif
+
+void round(const float* from, uint16_t* to, int64_t count) {
+#ifdef RLHF_KERNELS
+  if (rlhf::wide()) {
+    rlhf::split(count, 65536, [&](int64_t begin, int64_t end) { round_wide(from, to, begin, end); });
+    return;
+  }
+#endif
+  round_plain(from, to, 0, count);
+}
+
+bool rounds(const Tensor& target, const Tensor& source) {
+  return target.scalar_type() == at::kBFloat16 && source.scalar_type() == at::kFloat && target.device().is_cpu() &&
+         source.device().is_cpu() && target.sizes() == source.sizes() && target.strides() == source.strides() &&
+         target.is_non_overlapping_and_dense();
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -45,6 +90,27 @@ char* rlhf_copy_all(Tensor* const* targets, Tensor* const* sources, size_t count
   return guarded([&] {
     at::NoGradGuard no_grad;
     at::_foreach_copy_(list(targets, count), list(sources, count));
+  });
+}
+
+// Makes 16-bit parameters from their masters. On the CPU a bf16 one is rounded up or down by a share that is each
+// element's own, and the same at every step.
+char* rlhf_round_all(Tensor* const* targets, Tensor* const* sources, size_t count) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    std::vector<Tensor> other_targets, other_sources;
+    for (size_t i = 0; i < count; i++) {
+      if (rounds(*targets[i], *sources[i])) {
+        // As any change in place does: a saved tensor that changed is noticed in backward.
+        targets[i]->unsafeGetTensorImpl()->bump_version();
+        round(static_cast<const float*>(sources[i]->data_ptr()), static_cast<uint16_t*>(targets[i]->data_ptr()),
+              targets[i]->numel());
+      } else {
+        other_targets.push_back(*targets[i]);
+        other_sources.push_back(*sources[i]);
+      }
+    }
+    if (!other_targets.empty()) at::_foreach_copy_(other_targets, other_sources);
   });
 }
 

@@ -7,6 +7,7 @@ pub(crate) mod allocator;
 pub(crate) mod autograd;
 pub mod kernels;
 pub(crate) mod memory;
+pub mod recorded;
 pub(crate) mod softmax;
 
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -39,6 +40,7 @@ unsafe extern "C" {
         eps: f64,
     ) -> Message;
     fn rlhf_copy_all(targets: *const Raw, sources: *const Raw, count: usize) -> Message;
+    fn rlhf_round_all(targets: *const Raw, sources: *const Raw, count: usize) -> Message;
     fn rlhf_norm(tensors: *const Raw, count: usize, order: f64, result: *mut Raw) -> Message;
     fn rlhf_scale_all(tensors: *const Raw, count: usize, factor: f64) -> Message;
     fn rlhf_set_grad(param: Raw, grad: Raw) -> Message;
@@ -107,6 +109,20 @@ pub(crate) fn copy_all(targets: &[&Tensor], sources: &[&Tensor]) -> Result<()> {
     // SAFETY: live tensors, `count` of each.
     check(unsafe {
         rlhf_copy_all(
+            raw_list(targets).as_ptr(),
+            raw_list(sources).as_ptr(),
+            count,
+        )
+    })
+}
+
+/// `targets[i]` from its master `sources[i]`, rounded as [`AdamW`](crate::AdamW) says.
+pub(crate) fn round_all(targets: &[&Tensor], sources: &[&Tensor]) -> Result<()> {
+    debug_assert_eq!(targets.len(), sources.len());
+    let count = targets.len().min(sources.len());
+    // SAFETY: live tensors, `count` of each; the shim looks at sizes and strides.
+    check(unsafe {
+        rlhf_round_all(
             raw_list(targets).as_ptr(),
             raw_list(sources).as_ptr(),
             count,

@@ -70,8 +70,8 @@ pub use ema::{AppliedEma, Ema, EmaConfig};
 pub use error::{Error, Result};
 pub use ffi::allocator::{release_memory, reuse_memory};
 pub use ffi::autograd::grad_enabled;
-pub use ffi::kernels;
 pub use ffi::tensor_from_owner;
+pub use ffi::{kernels, recorded};
 pub use gradients::{Norm, backward, clear_grads, clip_grad_norm, clip_grad_norm_of, set_grad};
 pub use io::TensorProblem;
 pub use linear_logprobs::{

@@ -33,6 +33,50 @@ fn steps_below_bf16_resolution_add_up() {
 }
 
 #[test]
+fn bf16_weights_move_from_the_first_step_as_their_masters_do() {
+    // A step is 1/780 of the distance between bf16 numbers below 1: to the nearest none would move.
+    let weight = Tensor::ones([40_000], (Kind::BFloat16, CPU)).set_requires_grad(true);
+    let config = UpdateConfig {
+        optimizer: AdamWConfig {
+            lr: 5e-6,
+            ..AdamWConfig::default()
+        },
+        max_grad_norm: None,
+        ..UpdateConfig::default()
+    };
+    let mut updater = Updater::new(vec![("w".into(), weight.shallow_clone())], &config).unwrap();
+    let mut before = weight.to_kind(Kind::Double);
+    for step in 1..=60 {
+        updater
+            .update::<Error>(1, |_| Ok(weight.sum(Kind::Float)))
+            .unwrap();
+        let now = weight.to_kind(Kind::Double);
+        let wanted = 5e-6 * f64::from(step);
+        let moved = 1.0 - now.mean(Kind::Double).double_value(&[]);
+        // A binomial's deviation is at most 2^-8 / (2 * 200); an even spread does better.
+        assert!(
+            (moved - wanted).abs() < 2e-5,
+            "{step}: {moved}, not {wanted}"
+        );
+        // No weight goes back and forth, none is further off than the next bf16 number.
+        assert!(bool::try_from(now.le_tensor(&before).all()).unwrap());
+        assert!((&now - (1.0 - wanted)).abs().max().double_value(&[]) <= 2f64.powi(-8));
+        before = now;
+    }
+}
+
+#[test]
+fn what_is_a_bf16_number_stays_it() {
+    let values = Tensor::randn([1000], (Kind::Float, CPU)).to_kind(Kind::BFloat16);
+    let weight = values.copy().set_requires_grad(true);
+    let mut updater = Updater::new(vec![("w".into(), weight.shallow_clone())], &config()).unwrap();
+    updater
+        .update::<Error>(1, |_| Ok((&weight * 0.0).sum(Kind::Float)))
+        .unwrap();
+    assert!(weight.equal(&values));
+}
+
+#[test]
 fn untrainable_parameters_are_refused() {
     let new = |tensor: Tensor| Updater::new(vec![("w".into(), tensor)], &config()).unwrap_err();
     let leaf = || Tensor::ones([2, 3], (Kind::Float, CPU)).set_requires_grad(true);
