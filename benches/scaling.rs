@@ -135,6 +135,7 @@ fn checkpointing(options: &Options) -> Result<()> {
             ("torch", "none"),
             ("torch", "non_reentrant"),
             ("torch", "reentrant"),
+            ("torch", "square_root"),
         ]);
     }
     println!("8 blocks of width 512, 4 x 256 tokens, f32, forward and backward\n");

@@ -2,6 +2,7 @@
 """The stack of benches/scaling.rs under torch.utils.checkpoint. Prints seconds a step and of
 the processor, or bytes and 0."""
 import json
+import math
 import statistics
 import sys
 import time
@@ -51,11 +52,31 @@ def block(x, w):
     return x + F.linear(inner, w[7])
 
 
+def every_block(x, some, reentrant=False):
+    for w in some:
+        x = checkpoint(block, x, w, use_reentrant=reentrant)
+    return x
+
+
+def square_root(x):
+    # Runs of as many blocks as there are runs, and within one that is computed again its blocks: the policy of
+    # the same name.
+    run = math.ceil(math.sqrt(len(weights)))
+    for start in range(0, len(weights), run):
+        x = checkpoint(every_block, x, weights[start : start + run], use_reentrant=False)
+    return x
+
+
 def step():
     # The reentrant form records nothing unless an input requires gradients.
     x = inputs.detach().requires_grad_() if how == "reentrant" else inputs
-    for w in weights:
-        x = block(x, w) if how == "none" else checkpoint(block, x, w, use_reentrant=how == "reentrant")
+    if how == "none":
+        for w in weights:
+            x = block(x, w)
+    elif how == "square_root":
+        x = square_root(x)
+    else:
+        x = every_block(x, weights, how == "reentrant")
     x.square().mean().backward()
 
 
