@@ -46,8 +46,23 @@ fn main() -> Result<(), &'static str> {
             "csrc/softmax.cpp",
             "csrc/stop_early.cpp",
             "csrc/training.cpp",
-        ])
-        .compile("rlhf_scale_shim");
+        ]);
+    if env::var_os("CARGO_FEATURE_DISTRIBUTED").is_some() {
+        build
+            .define("USE_C10D_GLOO", None)
+            .include("csrc/gloo_names")
+            .files(["csrc/c10d.cpp", "csrc/reducer.cpp"]);
+    }
+    if env::var_os("CARGO_FEATURE_NCCL").is_some() {
+        // nccl.h and cuda_runtime.h, where the compiler does not find them by itself.
+        println!("cargo:rerun-if-env-changed=RLHF_CUDA_INCLUDE");
+        let folders = env::var_os("RLHF_CUDA_INCLUDE").unwrap_or_default();
+        build.includes(env::split_paths(&folders));
+        build.define("USE_C10D_NCCL", None);
+        println!("cargo:rustc-link-lib=torch_cuda");
+        println!("cargo:rustc-link-lib=c10_cuda");
+    }
+    build.compile("rlhf_scale_shim");
     // A static library must come before the ones whose symbols it uses, so torch-sys's own
     // mention of these two may be too early for it.
     println!("cargo:rustc-link-lib=torch_cpu");

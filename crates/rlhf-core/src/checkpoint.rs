@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result};
+use crate::{Error, Replicas, Result};
 
 /// Written last into every checkpoint: what it must hold.
 const MANIFEST: &str = "checkpoint.json";
@@ -96,13 +96,42 @@ impl CheckpointStore {
     /// checkpoints beyond those to keep are removed afterwards; damaged ones and what is not
     /// ours are left alone.
     ///
+    /// Where several processes train together ([`Replicas::current`]) all of them call it, since
+    /// a state may be spread over them. What the first writes is the checkpoint; the others write
+    /// into a folder for what is temporary, which is removed. It is complete when this returns.
+    ///
     /// # Errors
     /// Whatever `write` returns, and [`Error::Io`]. The checkpoints are as they were then.
-    pub fn save<E: From<Error>>(
+    pub fn save<E: From<Error> + std::fmt::Display>(
         &self,
         step: u64,
         write: impl FnOnce(&Path) -> Result<(), E>,
     ) -> Result<Checkpoint, E> {
+        let replicas = Replicas::current();
+        if replicas.size() == 1 {
+            let prepared = self.prepare(step)?;
+            return self.save_here(prepared, write);
+        }
+        if replicas.is_first() {
+            // Whatever may fail here alone comes before and after what is done together.
+            let prepared = replicas.agree(self.prepare(step).map_err(E::from))?;
+            let saved = self.save_here(prepared, write);
+            return replicas.agree(saved);
+        }
+        let scratch = scratch(replicas.rank());
+        let made = fs::create_dir_all(&scratch).map_err(Error::io("creating", &scratch));
+        replicas.agree(made.map_err(E::from))?;
+        let written = write(&scratch);
+        let _ = fs::remove_dir_all(&scratch); // the system cleans up behind us
+        replicas.agree(written)?;
+        Ok(self.latest()?.unwrap_or(Checkpoint {
+            step,
+            path: self.dir.clone(),
+        }))
+    }
+
+    /// The folder to write into, and the name that it will get.
+    fn prepare(&self, step: u64) -> Result<(Name, PathBuf)> {
         self.remove_leftovers()?;
         let names = self.names()?;
         let name = Name {
@@ -116,6 +145,15 @@ impl CheckpointStore {
         };
         let unfinished = self.dir.join(format!("{UNFINISHED}{name}"));
         fs::create_dir(&unfinished).map_err(Error::io("creating", &unfinished))?;
+        Ok((name, unfinished))
+    }
+
+    fn save_here<E: From<Error>>(
+        &self,
+        (name, unfinished): (Name, PathBuf),
+        write: impl FnOnce(&Path) -> Result<(), E>,
+    ) -> Result<Checkpoint, E> {
+        let step = name.step;
         if let Err(error) = write(&unfinished) {
             // The writer's error is what matters; what stays here the next save removes.
             let _ = fs::remove_dir_all(&unfinished);
@@ -188,6 +226,12 @@ impl CheckpointStore {
         }
         Ok(())
     }
+}
+
+/// Where the process `rank` of several puts what nobody keeps.
+fn scratch(rank: usize) -> PathBuf {
+    let name = format!("rlhf-checkpoint-{}-{rank}", std::process::id());
+    std::env::temp_dir().join(name)
 }
 
 /// Writes the manifest and flushes everything to the disk.

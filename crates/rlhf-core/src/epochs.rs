@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    CheckpointStore, DataCursor, DataOrder, Error, Event, Observer, Result, Stats, notify,
+    CheckpointStore, DataCursor, DataOrder, Error, Event, Observer, Replicas, Result, Stats, notify,
 };
 
 /// Where the run stands, in every checkpoint beside the trainer's own files.
@@ -103,7 +103,7 @@ pub trait EpochTrainer {
     /// One item of the dataset.
     type Item: Clone;
     /// What can go wrong.
-    type Error: From<Error>;
+    type Error: From<Error> + std::fmt::Display;
     /// Name of the run's part in events: `"sft"`, `"reward"`, ….
     const PHASE: &'static str;
 
@@ -136,6 +136,10 @@ struct Progress {
 }
 
 /// Trains on `data`, epoch after epoch, and returns the number of steps done.
+///
+/// Where several processes train together ([`Replicas::current`]) all of them call this with the same
+/// data; `batch_size` is that of all of them, and the number of processes may be another when the
+/// run is resumed.
 ///
 /// Every step is told to the observers, which may end the run. Where the config names a folder
 /// for checkpoints and there is one in it already, the run goes on from there: its end has the
@@ -170,6 +174,7 @@ pub fn train_epochs<T: EpochTrainer>(
         progress = progress.resumed(&checkpoint.path)?;
         trainer.load_from(&checkpoint.path)?;
     }
+    Replicas::current().check_same("checkpoints.dir", progress.step)?;
 
     let total_steps = config.total_steps(data.len());
     let mut saved_step = progress.step;

@@ -130,6 +130,14 @@ pub enum Error {
         /// The first part of libtorch's message, without the C++ backtrace.
         message: String,
     },
+    /// Another of the processes that train together failed in a step that all do.
+    #[error("rank {rank} failed: {message}")]
+    Peer {
+        /// Which.
+        rank: usize,
+        /// Its error.
+        message: String,
+    },
     /// A model reported an error of its own.
     #[error("model: {source}")]
     Model {

@@ -2,6 +2,7 @@
 
 mod best_of_n;
 mod rows;
+mod shared;
 mod stream;
 mod text;
 

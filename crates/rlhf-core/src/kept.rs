@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
 use crate::{Error, Result, SequenceBatch};
@@ -13,7 +14,7 @@ use crate::{Error, Result, SequenceBatch};
 /// A filter that is computed again from another policy's logits keeps other tokens, and
 /// probabilities within the two sets cannot be compared. What is stored can be replayed: see
 /// [`Policy::logprobs_within`](crate::Policy::logprobs_within).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum KeptSet {
     /// No filter took a token away.
     All,

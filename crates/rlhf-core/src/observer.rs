@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 pub use jsonl::JsonlObserver;
 pub use progress::ProgressObserver;
 
-use crate::{Result, Stats};
+use crate::{Replicas, Result, Stats};
 
 /// What an observer is told after a step.
 #[derive(Debug, Clone, Copy)]
@@ -65,11 +65,14 @@ impl Observer for Box<dyn Observer + '_> {
 
 impl Observer for Vec<Box<dyn Observer + '_>> {
     fn observe(&mut self, event: &Event<'_>) -> Result<ControlFlow<()>> {
-        notify(self, event)
+        tell(self, event)
     }
 }
 
 /// Tells every observer. The answer is `Break` if one of them said so.
+///
+/// Where several processes train together ([`Replicas::current`]), those of the first alone are
+/// told, and its answer is everybody's.
 ///
 /// # Errors
 /// That of the first observer that failed; the others were told all the same.
@@ -77,6 +80,22 @@ pub fn notify(
     observers: &mut [Box<dyn Observer + '_>],
     event: &Event<'_>,
 ) -> Result<ControlFlow<()>> {
+    let replicas = Replicas::current();
+    if replicas.size() == 1 {
+        return tell(observers, event);
+    }
+    let own = match replicas.is_first() {
+        true => tell(observers, event).map(|answer| vec![u8::from(answer.is_break())]),
+        false => Ok(Vec::new()),
+    };
+    let answers = replicas.exchange(own)?;
+    Ok(match answers.first().is_some_and(|first| first == &[1]) {
+        true => ControlFlow::Break(()),
+        false => ControlFlow::Continue(()),
+    })
+}
+
+fn tell(observers: &mut [Box<dyn Observer + '_>], event: &Event<'_>) -> Result<ControlFlow<()>> {
     let mut answer = Ok(ControlFlow::Continue(()));
     for observer in observers {
         match (observer.observe(event), &answer) {

@@ -1,13 +1,13 @@
 //! What a step has seen of its pairs.
 
-use rlhf_core::{Error as CoreError, Stats};
+use rlhf_core::{Error as CoreError, Replicas, Stats};
 use tch::{Kind, Tensor};
 
 use crate::metrics::means;
 use crate::pair_scores::{PairScores, PairTargets};
 use crate::shift::RunningMean;
 use crate::trainer::weighted_mean;
-use crate::{BatchMeans, Objective, Result, ScoredPreference, reward_metrics};
+use crate::{BatchMeans, Error, Objective, Result, ScoredPreference, reward_metrics};
 
 /// Some pairs under the policy, `[B]` each.
 pub(crate) struct Judged {
@@ -118,6 +118,40 @@ impl Judged {
     pub(crate) fn detached(mut self) -> Self {
         self.losses = self.losses.detach();
         self
+    }
+
+    /// The parts of a batch that all processes have, as one.
+    pub(crate) fn gathered(parts: &[Self], replicas: &Replicas) -> Result<Self> {
+        if replicas.size() == 1 {
+            return Self::cat(parts);
+        }
+        let own = match parts.is_empty() {
+            true => Vec::new(),
+            false => {
+                let whole = Self::cat(parts)?;
+                let columns = whole.columns();
+                // Before the columns, which of them there are: a process without pairs cannot know.
+                let there = columns.map(|column| column.is_some());
+                let there = Tensor::from_slice(&there).view([1, -1]);
+                let columns = columns.into_iter().flatten().map(Tensor::shallow_clone);
+                std::iter::once(there).chain(columns).collect()
+            }
+        };
+        let mut gathered = replicas.gather_columns::<Error>(Ok(own))?.into_iter();
+        let nothing = || CoreError::Empty {
+            what: "the batch of comparisons",
+            help: "give it at least one pair",
+        };
+        let there = gathered.next().ok_or_else(nothing)?.get(0);
+        let there = Vec::<bool>::try_from(there).map_err(CoreError::from)?;
+        let mut columns = [const { None }; 11];
+        for (column, there) in columns.iter_mut().zip(there) {
+            if there {
+                *column = gathered.next();
+            }
+        }
+        // Losses with a shift look at the whole batch, in two passes.
+        Ok(Self::from_columns(columns, None, 0.0).ok_or_else(nothing)?)
     }
 
     /// The parts of a batch as one.

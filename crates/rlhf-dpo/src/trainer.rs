@@ -90,9 +90,12 @@ impl<P: Policy> DpoTrainer<P> {
             .config
             .check_weights(pairs.iter().map(|p| p.pair.weight))?;
         let whole = self.config.objective.is_batchwise();
-        let (update, judged) = match whole && pairs.len() > self.config.microbatch_size {
-            true => self.update_in_two_passes(pairs, total)?,
-            false => self.update_in_one_pass(pairs, total)?,
+        let replicas = self.updater.replicas();
+        let size = replicas.microbatch_size(pairs.len(), self.config.microbatch_size);
+        let spread = replicas.size() > 1;
+        let (update, judged) = match whole && (spread || pairs.len() > size) {
+            true => self.update_in_two_passes(pairs, total, size)?,
+            false => self.update_in_one_pass(pairs, total, size)?,
         };
         if !update.skipped {
             if let Some(shift) = judged.shift {
@@ -110,8 +113,9 @@ impl<P: Policy> DpoTrainer<P> {
         &mut self,
         pairs: &[ScoredPreference],
         total: f64,
+        size: usize,
     ) -> Result<(UpdateStats, Judged)> {
-        let parts: Vec<_> = pairs.chunks(self.config.microbatch_size).collect();
+        let parts: Vec<_> = pairs.chunks(size).collect();
         let means = means_of(pairs, total);
         let (model, objective) = (&self.model, &self.config.objective);
         let (referenced, shift) = (self.reference.is_there(), self.shift);
@@ -124,7 +128,8 @@ impl<P: Policy> DpoTrainer<P> {
             judged.push(part.detached());
             Ok(loss)
         })?;
-        Ok((update, Judged::cat(&judged)?))
+        let judged = Judged::gathered(&judged, self.updater.replicas())?;
+        Ok((update, judged))
     }
 
     /// For losses that need the whole batch at once: its log-probabilities first, without
@@ -134,6 +139,7 @@ impl<P: Policy> DpoTrainer<P> {
         &mut self,
         pairs: &[ScoredPreference],
         total: f64,
+        size: usize,
     ) -> Result<(UpdateStats, Judged)> {
         let leaves = PairScores::leaves(&self.scores_without_gradients(pairs)?)?;
         let device = leaves.chosen.device();
@@ -146,9 +152,9 @@ impl<P: Policy> DpoTrainer<P> {
         loss.f_backward().map_err(CoreError::from)?;
         let slopes = leaves.slopes();
 
-        let parts: Vec<_> = pairs.chunks(self.config.microbatch_size).collect();
+        let parts: Vec<_> = pairs.chunks(size).collect();
         let share = loss.detach() / parts.len() as f64;
-        let (model, size) = (&self.model, self.config.microbatch_size);
+        let model = &self.model;
         let update = self.updater.update(parts.len(), |i| -> Result<Tensor> {
             let scores = PairScores::of(model, parts[i], objective)?;
             let along = scores.along(&slopes, (i * size) as i64)?;

@@ -2,12 +2,15 @@
 
 use std::sync::Arc;
 
-use rlhf_core::{Completions, Detokenize, GenerationConfig, Generator, Policy, RngStreams};
+use rlhf_core::{
+    Completions, Detokenize, GenerationConfig, Generator, Policy, Replicas, RngStreams,
+};
 
 use crate::Result;
 
 /// Samples responses to `prompts` with the random numbers of `seed` from completion `first` on,
-/// with texts where there is a detokenizer, and with what filters left to draw from.
+/// with texts where there is a detokenizer, and with what filters left to draw from. Each of
+/// several processes writes its share, and all get all of them.
 pub(crate) fn write(
     policy: &dyn Policy,
     generation: &GenerationConfig,
@@ -19,7 +22,8 @@ pub(crate) fn write(
     if let Some(detokenizer) = detokenizer {
         generator = generator.with_detokenizer(detokenizer);
     }
-    Ok(generator.generate(prompts, &RngStreams::new(seed), first)?)
+    let (replicas, rng) = (Replicas::current(), RngStreams::new(seed));
+    Ok(generator.generate_shared(&replicas, prompts, &rng, first)?)
 }
 
 /// Attaches the texts that are missing, where there is a detokenizer.

@@ -1,6 +1,6 @@
 //! Running the models over finished responses.
 
-use rlhf_core::{Completions, Error as CoreError, LogprobOptions, Policy, SequenceBatch};
+use rlhf_core::{Completions, Error as CoreError, LogprobOptions, Policy, Replicas, SequenceBatch};
 use tch::{Device, Kind, Tensor};
 
 use crate::microbatching::Microbatching;
@@ -27,13 +27,28 @@ pub(crate) fn judgement(model: &str, numbers: &Tensor, rows: usize) -> Result<Ve
     Ok(Vec::try_from(numbers).map_err(CoreError::from)?)
 }
 
+/// What a model says on the first of several processes: judges need not be functions of what they
+/// judge, and all processes must go on with the same numbers. Every process asks its own, which may
+/// remember what it has seen.
+pub(crate) fn of_the_first(own: Result<Vec<f64>>) -> Result<Vec<f64>> {
+    let replicas = Replicas::current();
+    if replicas.size() == 1 {
+        return own;
+    }
+    let bytes = own.map(|numbers| numbers.iter().flat_map(|n| n.to_le_bytes()).collect());
+    let all = replicas.exchange(bytes)?;
+    let number = |bytes: &[u8]| f64::from_le_bytes(bytes.try_into().unwrap_or_default());
+    Ok(all[0].chunks_exact(8).map(number).collect())
+}
+
 /// What the reward model says. `[B]` f32 on the CPU.
 pub(crate) fn scores(
     reward: &dyn rlhf_core::RewardModel,
     completions: &Completions,
 ) -> Result<Tensor> {
-    let scores = reward.score(completions)?;
-    let scores = judgement("the reward model", &scores, completions.batch.len())?;
+    let rows = completions.batch.len();
+    let own = reward.score(completions).map_err(Error::from);
+    let scores = of_the_first(own.and_then(|s| judgement("the reward model", &s, rows)))?;
     if let Some(row) = scores.iter().position(|s| !s.is_finite()) {
         let value = scores[row];
         return Err(CoreError::NonFinite {
@@ -48,8 +63,9 @@ pub(crate) fn scores(
 
 /// What a constraint's model says. `[B]` f32 on the CPU.
 pub(crate) fn costs(constraint: &Constraint, completions: &Completions) -> Result<Vec<f64>> {
-    let costs = constraint.model.cost(completions)?;
-    let costs = judgement(&constraint.name, &costs, completions.batch.len())?;
+    let rows = completions.batch.len();
+    let own = constraint.model.cost(completions).map_err(Error::from);
+    let costs = of_the_first(own.and_then(|c| judgement(&constraint.name, &c, rows)))?;
     match costs.iter().position(|c| !c.is_finite()) {
         Some(row) => Err(Error::NonFiniteCost {
             constraint: constraint.name.clone(),
@@ -122,25 +138,35 @@ pub(crate) fn values(
     })
 }
 
-/// Runs `f` over microbatches and stacks what it returns, padded with 0 to `width` columns.
+/// Runs `f` over microbatches and stacks what it returns, padded with 0 to `width` columns. Each of
+/// several processes runs its share, and all get all of it.
 fn by_microbatch(
     batch: &SequenceBatch,
     microbatching: Microbatching,
     width: i64,
     f: impl Fn(&[usize]) -> Result<Tensor>,
 ) -> Result<Tensor> {
+    let replicas = Replicas::current();
     let rows: Vec<usize> = (0..batch.len()).collect();
-    let parts = microbatching
-        .cut(batch, &rows)
-        .into_iter()
-        .map(|rows| {
-            let part = f(rows)?.f_to_kind(Kind::Float)?;
-            let missing = width - part.size()[1];
-            Ok(part.f_constant_pad_nd([0, missing])?)
-        })
-        .collect::<Result<Vec<_>>>()?;
-    // One transfer for all of them.
-    Ok(Tensor::f_cat(&parts, 0)?.f_to_device(Device::Cpu)?)
+    let cut = microbatching
+        .shared(&replicas, rows.len())
+        .cut(batch, &rows);
+    let run = || -> Result<Option<Tensor>> {
+        let parts = cut[replicas.share(cut.len())]
+            .iter()
+            .map(|rows| {
+                let part = f(rows)?.f_to_kind(Kind::Float)?;
+                let missing = width - part.size()[1];
+                Ok(part.f_constant_pad_nd([0, missing])?)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        if parts.is_empty() {
+            return Ok(None);
+        }
+        // One transfer for all of them.
+        Ok(Some(Tensor::f_cat(&parts, 0)?.f_to_device(Device::Cpu)?))
+    };
+    replicas.gather_rows(run())
 }
 
 fn check_shape(

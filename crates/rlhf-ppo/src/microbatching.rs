@@ -1,6 +1,6 @@
 //! How many sequences go through a model at a time.
 
-use rlhf_core::SequenceBatch;
+use rlhf_core::{Replicas, SequenceBatch};
 
 /// The size of a forward pass. Changes memory and speed, not what is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,6 +13,14 @@ pub(crate) struct Microbatching {
 }
 
 impl Microbatching {
+    /// Small enough for each of several processes to have a part of `rows`.
+    pub(crate) fn shared(self, replicas: &Replicas, rows: usize) -> Self {
+        Self {
+            sequences: replicas.microbatch_size(rows, self.sequences),
+            ..self
+        }
+    }
+
     /// Cuts `rows` of a batch, in their order.
     pub(crate) fn cut<'a>(&self, batch: &SequenceBatch, rows: &'a [usize]) -> Vec<&'a [usize]> {
         let Some(most) = self.tokens else {

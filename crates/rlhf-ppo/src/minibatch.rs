@@ -1,6 +1,6 @@
 //! The joined loss of policy and critics.
 
-use rlhf_core::{Error as CoreError, LogprobOptions, Policy, ValueModel, masked_sum};
+use rlhf_core::{Error as CoreError, LogprobOptions, Policy, Replicas, ValueModel, masked_sum};
 use tch::{Kind, Tensor};
 
 use crate::rollout::{Microbatch, Targets};
@@ -97,11 +97,17 @@ pub(crate) struct Parts {
 const PARTS: usize = 13;
 
 impl Parts {
-    /// Adds up; waits for the device.
-    pub(crate) fn sum(parts: &[Tensor]) -> rlhf_core::Result<Self> {
-        let sum =
-            Tensor::f_stack(parts, 0)?.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?;
-        let sum = Vec::<f64>::try_from(sum)?;
+    /// Adds up what the microbatches of all processes contributed; waits for the device.
+    pub(crate) fn sum(parts: &[Tensor], replicas: &Replicas) -> rlhf_core::Result<Self> {
+        let own = match parts.is_empty() {
+            true => vec![0.0; PARTS],
+            false => {
+                let sum = Tensor::f_stack(parts, 0)?;
+                let sum = sum.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?;
+                Vec::<f64>::try_from(sum)?
+            }
+        };
+        let sum = replicas.sum::<CoreError>(Ok(own))?;
         let [
             loss,
             policy_loss,
@@ -361,7 +367,7 @@ mod tests {
             step: 1,
             ..rlhf_scale::UpdateStats::default()
         };
-        let sum = Parts::sum(&parts).unwrap();
+        let sum = Parts::sum(&parts, &Replicas::alone()).unwrap();
         assert_eq!(sum.moved, 6.5);
         let stats = MinibatchStats::new(sum, &update);
         let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} is not {b}");

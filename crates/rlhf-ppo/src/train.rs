@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use rlhf_core::{
     Checkpoint, CheckpointConfig, CheckpointStore, DataCursor, DataOrder, Event, Observer, Policy,
-    Stats, notify,
+    Replicas, Stats, notify,
 };
 
 use crate::{Critic, GrpoTrainer, PpoTrainer, Result};
@@ -50,7 +50,8 @@ fn train<T: PromptTrainer>(
             return Err(rlhf_core::Error::config("checkpoints.every", 0, reason).into());
         }
         let opened = CheckpointStore::open(dir, *keep)?;
-        resume(trainer, &opened)?;
+        let step = resume(trainer, &opened)?;
+        Replicas::current().check_same("checkpoints.dir", step)?;
         store = Some((opened, *every));
     }
     let mut stop = false;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use rlhf_core::{
-    EpochConfig, EpochTrainer, Error as CoreError, Observer, Scorer, Stats, train_epochs,
+    EpochConfig, EpochTrainer, Error as CoreError, Observer, Replicas, Scorer, Stats, train_epochs,
 };
 use rlhf_scale::{UpdateConfig, Updater};
 use serde::{Deserialize, Serialize};
@@ -11,6 +11,7 @@ use tch::{Kind, Tensor};
 
 use crate::access::trainer_access;
 use crate::cost::cost_accuracies;
+use crate::pair_scores::nothing_scored;
 use crate::ranking_trainer::check_finite;
 use crate::trainer::check_microbatch_size;
 use crate::{
@@ -108,7 +109,8 @@ impl<S: Scorer> CostTrainer<S> {
     pub fn step(&mut self, batch: &SafetyBatch) -> Result<Stats> {
         let (batch, skipped) = batch.usable()?;
         let (model, config) = (&self.model, &self.config);
-        let parts = batch.split(config.microbatch_size);
+        let replicas = self.updater.replicas().clone();
+        let parts = batch.split(replicas.microbatch_size(batch.len(), config.microbatch_size));
         let denominator = batch.len() as f64;
         let mut scored = Vec::with_capacity(parts.len());
         let update = self.updater.update(parts.len(), |i| -> Result<Tensor> {
@@ -117,7 +119,8 @@ impl<S: Scorer> CostTrainer<S> {
             scored.push(costs.detached());
             Ok(loss)
         })?;
-        let (accuracy, sign_accuracy) = cost_accuracies(Costs::cat(&scored).inputs())?;
+        let costs = Costs::gathered(&scored, &replicas)?;
+        let (accuracy, sign_accuracy) = cost_accuracies(costs.inputs())?;
         let mut stats = Stats::from_iter(update.metrics("cost"));
         stats.extend([
             ("cost/accuracy", accuracy),
@@ -239,6 +242,30 @@ impl Costs {
 
     fn cat(parts: &[Self]) -> Self {
         Self::map(|of| Tensor::cat(&parts.iter().map(of).collect::<Vec<_>>(), 0))
+    }
+
+    /// The parts of a batch that all processes have, as one.
+    fn gathered(parts: &[Self], replicas: &Replicas) -> Result<Self> {
+        let own = match parts.is_empty() {
+            true => Vec::new(),
+            false => {
+                let all = Self::cat(parts);
+                let flags = [all.safer_is_safe, all.less_safe_is_safe];
+                [all.safer, all.less_safe]
+                    .into_iter()
+                    .chain(flags)
+                    .collect()
+            }
+        };
+        match <[Tensor; 4]>::try_from(replicas.gather_columns::<Error>(Ok(own))?) {
+            Ok([safer, less_safe, safer_is_safe, less_safe_is_safe]) => Ok(Self {
+                safer,
+                less_safe,
+                safer_is_safe,
+                less_safe_is_safe,
+            }),
+            Err(_) => Err(nothing_scored()),
+        }
     }
 
     /// Costs whose fields are made one by one, by a function of the field.

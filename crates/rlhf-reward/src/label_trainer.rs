@@ -95,7 +95,9 @@ impl<S: Scorer> LabelTrainer<S> {
     /// finite. Nothing has changed then.
     pub fn step(&mut self, batch: &LabelledBatch) -> Result<Stats> {
         let model = &self.model;
-        let parts = batch.split(self.config.microbatch_size)?;
+        let replicas = self.updater.replicas().clone();
+        let size = replicas.microbatch_size(batch.len(), self.config.microbatch_size);
+        let parts = batch.split(size)?;
         let texts = batch.len() as f64;
         let mut correct = Vec::new();
         let update = self.updater.update(parts.len(), |i| -> Result<Tensor> {
@@ -104,8 +106,12 @@ impl<S: Scorer> LabelTrainer<S> {
             Ok(judged.loss)
         })?;
         let mut stats = Stats::from_iter(update.metrics("label"));
-        if let Some(correct) = count(&correct)? {
-            stats.insert("label/accuracy", correct / texts);
+        let own = count(&correct)?;
+        // A process without a text does not know whether there is anything to count.
+        let numbers = vec![own.unwrap_or(0.0), f64::from(own.is_some())];
+        let sums = replicas.sum::<Error>(Ok(numbers))?;
+        if sums[1] > 0.0 {
+            stats.insert("label/accuracy", sums[0] / texts);
         }
         Ok(stats)
     }

@@ -1,7 +1,7 @@
 //! Scores of both sides of comparisons, by one head or several.
 
 use rand::Rng;
-use rlhf_core::{Error as CoreError, PreferenceBatch, RngStreams, Scorer};
+use rlhf_core::{Error as CoreError, PreferenceBatch, Replicas, RngStreams, Scorer};
 use tch::{Device, Kind, Tensor};
 
 use crate::{Error, PairwiseInputs, PairwiseLoss, PairwiseTerms, Result, pairwise_loss};
@@ -46,6 +46,15 @@ impl Heads {
         }
         weights
     }
+}
+
+/// No process has scored anything.
+pub(crate) fn nothing_scored() -> Error {
+    CoreError::Empty {
+        what: "the batch",
+        help: "give it at least one item",
+    }
+    .into()
 }
 
 /// FNV-1a with 64 bits over lists of tokens, each with its length: the same on every machine.
@@ -133,6 +142,21 @@ impl PairScores {
         Self {
             chosen: cat(|s| &s.chosen),
             rejected: cat(|s| &s.rejected),
+        }
+    }
+
+    /// The parts of a batch that all processes have, as one.
+    pub(crate) fn gathered(parts: &[Self], replicas: &Replicas) -> Result<Self> {
+        let own = match parts.is_empty() {
+            true => Vec::new(),
+            false => {
+                let Self { chosen, rejected } = Self::cat(parts);
+                vec![chosen, rejected]
+            }
+        };
+        match <[Tensor; 2]>::try_from(replicas.gather_columns::<Error>(Ok(own))?) {
+            Ok([chosen, rejected]) => Ok(Self { chosen, rejected }),
+            Err(_) => Err(nothing_scored()),
         }
     }
 

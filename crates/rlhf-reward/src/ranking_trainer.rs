@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::access::trainer_access;
-use crate::pair_scores::floats;
+use crate::pair_scores::{floats, nothing_scored};
 use crate::trainer::check_microbatch_size;
 use crate::{
     Error, PairwiseInputs, PairwiseTerms, RankedRows, Ranking, RankingBatch, Result, RewardConfig,
@@ -140,7 +140,9 @@ impl<S: Scorer> RankingTrainer<S> {
     /// Nothing has changed then.
     pub fn step(&mut self, batch: &RankingBatch) -> Result<Stats> {
         let (model, terms) = (&self.model, self.config.terms);
-        let parts = batch.split(self.config.microbatch_size)?;
+        let replicas = self.updater.replicas().clone();
+        let size = replicas.microbatch_size(batch.len(), self.config.microbatch_size);
+        let parts = batch.split(size)?;
         let denominator = batch.total_weight();
         let (mut better, mut worse) = (Vec::new(), Vec::new());
         let update = self.updater.update(parts.len(), |i| -> Result<Tensor> {
@@ -151,7 +153,13 @@ impl<S: Scorer> RankingTrainer<S> {
             worse.push(below);
             Ok(loss)
         })?;
-        let metrics = pairwise_metrics(&Tensor::cat(&better, 0), &Tensor::cat(&worse, 0))?;
+        let own = match better.is_empty() {
+            true => Vec::new(),
+            false => vec![Tensor::cat(&better, 0), Tensor::cat(&worse, 0)],
+        };
+        let [better, worse] = <[Tensor; 2]>::try_from(replicas.gather_columns::<Error>(Ok(own))?)
+            .map_err(|_| nothing_scored())?;
+        let metrics = pairwise_metrics(&better, &worse)?;
         let mut stats = Stats::from_iter(update.metrics("ranking"));
         stats.extend([
             ("ranking/accuracy", metrics.accuracy),

@@ -160,7 +160,9 @@ impl<S: Scorer> RewardTrainer<S> {
     pub fn step(&mut self, batch: &PreferenceBatch) -> Result<Stats> {
         let (batch, skipped) = usable(batch)?;
         let (model, heads, terms) = (&self.model, self.heads, self.config.terms());
-        let parts = batch.split(self.config.microbatch_size)?;
+        let replicas = self.updater.replicas().clone();
+        let size = replicas.microbatch_size(batch.len(), self.config.microbatch_size);
+        let parts = batch.split(size)?;
         let denominator = heads.weights(&batch).iter().sum();
         let mut scored = Vec::with_capacity(parts.len());
         let update = self.updater.update(parts.len(), |i| -> Result<Tensor> {
@@ -169,7 +171,7 @@ impl<S: Scorer> RewardTrainer<S> {
             scored.push(scores.detached());
             Ok(loss)
         })?;
-        let scores = PairScores::cat(&scored);
+        let scores = PairScores::gathered(&scored, &replicas)?;
         let (chosen, rejected) = scores.means();
         let metrics = pairwise_metrics(&chosen, &rejected)?;
         let mut stats = Stats::from_iter(update.metrics("reward"));

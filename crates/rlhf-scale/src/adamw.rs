@@ -57,6 +57,25 @@ struct Slot {
     group: usize,
 }
 
+/// How much of a parameter an optimiser steps.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Stretch {
+    /// All of it.
+    Whole,
+    /// So many numbers from a place on, in the order of its storage.
+    #[cfg_attr(not(feature = "distributed"), allow(dead_code))]
+    Part { from: i64, length: i64 },
+}
+
+/// The state of a stretch.
+pub(crate) struct SlotState {
+    pub(crate) exp_avg: Tensor,
+    pub(crate) exp_avg_sq: Tensor,
+    pub(crate) step: Tensor,
+    /// What is stepped.
+    pub(crate) weight: Tensor,
+}
+
 /// What the parameters of one kernel call have in common.
 #[derive(Debug, PartialEq)]
 struct Group {
@@ -74,6 +93,15 @@ impl AdamW {
     /// that requires gradients, not a floating-point kind, or a view with gaps. A group that no
     /// parameter is in, too.
     pub fn new(params: Vec<(String, Tensor)>, config: &AdamWConfig) -> Result<Self> {
+        Self::of_stretches(params, config, |_| Some(Stretch::Whole))
+    }
+
+    /// An optimiser of a part of each of `params`, or of nothing of it.
+    pub(crate) fn of_stretches(
+        params: Vec<(String, Tensor)>,
+        config: &AdamWConfig,
+        stretch: impl Fn(usize) -> Option<Stretch>,
+    ) -> Result<Self> {
         config.validate()?;
         let names: Vec<&str> = params.iter().map(|(name, _)| name.as_str()).collect();
         let assigned = param_group::assign(&config.groups, &names)?;
@@ -83,11 +111,11 @@ impl AdamW {
             slots: Vec::with_capacity(params.len()),
             groups: Vec::new(),
         };
-        for ((name, param), group) in params.into_iter().zip(assigned) {
+        for (index, ((name, param), group)) in params.into_iter().zip(assigned).enumerate() {
             if !names.insert(name.clone()) {
                 return Err(Error::DuplicateName { name });
             }
-            optimizer.add(name, param, group)?;
+            optimizer.add(name, param, group, stretch(index))?;
         }
         Ok(optimizer)
     }
@@ -208,26 +236,60 @@ impl AdamW {
         self.slots.iter().map(weight).collect()
     }
 
-    fn add(&mut self, name: String, param: Tensor, group: Option<usize>) -> Result<()> {
+    /// Parts of the state, one for each stretch: see [`AdamW::state`].
+    pub(crate) fn parts(&self) -> Vec<SlotState> {
+        let state = |slot: &Slot| SlotState {
+            exp_avg: slot.exp_avg.shallow_clone(),
+            exp_avg_sq: slot.exp_avg_sq.shallow_clone(),
+            step: slot.step.shallow_clone(),
+            weight: slot.weight.shallow_clone(),
+        };
+        self.slots.iter().map(state).collect()
+    }
+
+    fn add(
+        &mut self,
+        name: String,
+        param: Tensor,
+        group: Option<usize>,
+        stretch: Option<Stretch>,
+    ) -> Result<()> {
         if !param.requires_grad() || !param.f_is_leaf()? {
             return Err(Error::NotTrainable { name });
         }
-        let detached = param.f_detach()?;
-        let (weight, has_master) = match param.kind() {
-            Kind::Float | Kind::Double => (detached, false),
-            Kind::Half | Kind::BFloat16 => (detached.f_to_kind(Kind::Float)?, true),
+        let shape = param.size();
+        let has_master = match param.kind() {
+            Kind::Float | Kind::Double => false,
+            Kind::Half | Kind::BFloat16 => true,
             kind => return Err(Error::UnsupportedParameter { name, kind }),
         };
-        let exp_avg = weight.f_zeros_like()?;
         // The kernel walks storage, not indices: weight and moments must be laid out alike.
-        if exp_avg.stride() != weight.stride() {
+        if param.f_empty_like()?.stride() != param.stride() {
             return Err(Error::NotDense {
                 name,
-                strides: weight.stride(),
+                strides: param.stride(),
             });
         }
+        let (param, detached) = match stretch {
+            None => return Ok(()),
+            Some(Stretch::Whole) => {
+                let detached = param.f_detach()?;
+                (param, detached)
+            }
+            Some(Stretch::Part { from, length }) => {
+                let row = param.f_detach()?;
+                let row = row.f_as_strided([row.numel() as i64], [1], None)?;
+                let part = row.f_narrow(0, from, length)?;
+                (part.shallow_clone(), part)
+            }
+        };
+        let weight = match has_master {
+            true => detached.f_to_kind(Kind::Float)?,
+            false => detached,
+        };
+        let exp_avg = weight.f_zeros_like()?;
         let own = group.map(|index| &self.config.groups[index]);
-        let weight_decay = match self.config.no_decay.decays(&param.size()) {
+        let weight_decay = match self.config.no_decay.decays(&shape) {
             true => self.config.weight_decay,
             false => 0.0,
         };

@@ -229,6 +229,104 @@ pub enum Error {
         /// Its kind.
         kind: Kind,
     },
+    /// What a launcher sets is missing or makes no sense.
+    #[error(
+        "{variable} {problem}; start the program by torchrun, or by anything that sets RANK, \
+         WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+    )]
+    Environment {
+        /// The environment variable.
+        variable: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The processes of a run did not find each other.
+    #[error(
+        "rank {rank} of {size} could not join at {address} within {seconds} s{}: {reason}",
+        absent(ranks)
+    )]
+    Rendezvous {
+        /// This process.
+        rank: usize,
+        /// How many there should be.
+        size: usize,
+        /// Where they were to meet.
+        address: String,
+        /// The time limit.
+        seconds: f64,
+        /// The ranks that were never heard of, where that could be found out.
+        ranks: Vec<usize>,
+        /// What c10d said.
+        reason: String,
+    },
+    /// Processes of a run are gone: killed, stopped, or ended early.
+    #[error("{operation}: {} gone: {reason}", who(ranks))]
+    RanksLost {
+        /// What was being done.
+        operation: &'static str,
+        /// The ranks.
+        ranks: Vec<usize>,
+        /// How it was noticed.
+        reason: String,
+    },
+    /// An operation of several processes took longer than the time limit.
+    #[error(
+        "{operation} did not end within {seconds} s; all processes are alive{}",
+        absent(ranks)
+    )]
+    OperationTimeout {
+        /// The operation.
+        operation: &'static str,
+        /// The time limit.
+        seconds: f64,
+        /// The ranks that were busy with something else.
+        ranks: Vec<usize>,
+    },
+    /// What one process tells the others when its loss cannot be computed.
+    #[error("{0}")]
+    LossFailed(String),
+    /// Another process failed in a step that all do together; none has changed anything.
+    #[error("rank {rank} failed: {message}")]
+    PeerFailed {
+        /// The rank.
+        rank: usize,
+        /// Its error.
+        message: String,
+    },
+    /// An operation of several processes failed although all are alive.
+    #[error("{operation}: {reason}")]
+    Communication {
+        /// The operation.
+        operation: &'static str,
+        /// What c10d said.
+        reason: String,
+    },
+    /// A process group that failed before. No group of the run can be used any more.
+    #[error("{operation}: the process groups of this run broke before: {reason}")]
+    GroupBroken {
+        /// What was to be done.
+        operation: &'static str,
+        /// The first failure.
+        reason: String,
+    },
+    /// Ranks or tensors that an operation of several processes cannot work with.
+    #[error("{operation}: {reason}")]
+    InvalidOperation {
+        /// The operation.
+        operation: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A process that this one started did not end well.
+    #[error("rank {rank} ended with {status}{}", said(stderr))]
+    ProcessFailed {
+        /// The first rank that did not.
+        rank: usize,
+        /// Its exit status.
+        status: String,
+        /// The end of what it wrote to its standard error.
+        stderr: String,
+    },
     /// A saved state belongs to an updater that is configured otherwise.
     #[error("{} was saved with {field} = {saved}, but this updater has {current}", path.display())]
     ConfigMismatch {
@@ -257,6 +355,34 @@ impl From<Error> for rlhf_core::Error {
             other => Self::model(other),
         }
     }
+}
+
+/// "rank 2 is", "ranks 1, 2 are".
+fn who(ranks: &[usize]) -> String {
+    match ranks {
+        [rank] => format!("rank {rank} is"),
+        _ => format!("ranks {} are", joined(ranks)),
+    }
+}
+
+fn absent(ranks: &[usize]) -> String {
+    match ranks {
+        [] => String::new(),
+        [rank] => format!(" (rank {rank} was not there)"),
+        _ => format!(" (ranks {} were not there)", joined(ranks)),
+    }
+}
+
+fn said(stderr: &str) -> String {
+    match stderr.trim() {
+        "" => String::new(),
+        text => format!(": {text}"),
+    }
+}
+
+fn joined(ranks: &[usize]) -> String {
+    let ranks: Vec<String> = ranks.iter().map(usize::to_string).collect();
+    ranks.join(", ")
 }
 
 fn list(problems: &[TensorProblem]) -> String {

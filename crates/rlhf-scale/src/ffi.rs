@@ -5,9 +5,13 @@
 
 pub(crate) mod allocator;
 pub(crate) mod autograd;
+#[cfg(feature = "distributed")]
+pub(crate) mod c10d;
 pub mod kernels;
 pub(crate) mod memory;
 pub mod recorded;
+#[cfg(feature = "distributed")]
+pub(crate) mod reducer;
 pub(crate) mod softmax;
 
 use std::ffi::{CStr, c_char, c_int, c_void};

@@ -15,6 +15,7 @@
 //!   on several ranks is made of.
 //! - [`StepMemory`] tells what a training step will need before it runs, and [`MemoryPlan::check`]
 //!   refuses what cannot fit; [`measure_memory`] counts what a piece of code really takes.
+//! - [`distributed`] has the processes of a run work together, on libtorch's c10d.
 //! - The update's parts stand on their own too: [`AdamW`], [`Schedule`], [`LossScaler`], [`Ema`],
 //!   [`clip_grad_norm`], [`backward`], and strict safetensors files in [`io`].
 //!
@@ -47,6 +48,8 @@ mod adamw;
 mod autograd;
 mod checkpoint;
 mod config;
+#[cfg(feature = "distributed")]
+pub mod distributed;
 mod ema;
 mod error;
 mod ffi;

@@ -1,17 +1,27 @@
 //! The update path that every trainer uses.
 
+#[cfg(not(feature = "distributed"))]
+mod alone;
 mod files;
 mod shards;
 mod stats;
 
 use std::collections::VecDeque;
+use std::fmt::Display;
+use std::ops::Range;
 
 use rand_chacha::rand_core::RngCore;
-use rlhf_core::{Error as CoreError, ParameterShards, Parameters, PipelineStage, RngStreams};
+use rlhf_core::{
+    Error as CoreError, ParameterShards, Parameters, PipelineStage, Replicas, RngStreams,
+};
 use tch::{Device, Kind, Tensor};
 
+#[cfg(feature = "distributed")]
+use crate::distributed::reduction::Reduction;
 use crate::gradients::{self, Norm, grad_of};
 use crate::{AdamW, Ema, Error, LossScaler, Result, UpdateConfig, ffi};
+#[cfg(not(feature = "distributed"))]
+use alone::Reduction;
 
 pub use stats::UpdateStats;
 
@@ -27,6 +37,13 @@ pub use stats::UpdateStats;
 /// changes the loss scale and the count of skipped steps, and nothing else; like transformers' it
 /// does not count as a step of the schedule. A *loss* that is not finite is an error in any case,
 /// since no scale would mend it.
+///
+/// Made where several processes train together (`distributed::World`), it is the place where they
+/// become one: each computes its [share](Replicas::share) of the microbatches, and the gradients
+/// are summed over all of them before anything looks at them. Since a microbatch's loss is a share
+/// of the whole batch's, that is all: the step is the same as one process's on all of the
+/// microbatches, to rounding. A step that fails in one process fails in all, and none has changed
+/// anything.
 ///
 /// ```
 /// use rlhf_scale::{Error, UpdateConfig, Updater};
@@ -57,7 +74,23 @@ pub struct Updater {
     step: u64,
     scaler: Option<LossScaler>,
     ema: Option<Ema>,
+    /// `None` for one process alone.
+    reduction: Option<Reduction>,
+    replicas: Replicas,
     shards: Option<ParameterShards>,
+}
+
+/// What is known of an update when all backwards are done.
+struct Gradients {
+    /// Of every microbatch of every process, still on the device where there is one process.
+    losses: Losses,
+    /// One for each stretch that the optimiser steps.
+    grads: Vec<Option<Tensor>>,
+}
+
+enum Losses {
+    OnDevice(Vec<Tensor>),
+    Known(Vec<f64>),
 }
 
 impl Updater {
@@ -92,13 +125,32 @@ impl Updater {
             let alias = |(name, param): &(String, Tensor)| (name.clone(), param.shallow_clone());
             params.iter().map(alias).collect::<Vec<_>>()
         };
-        let optimizer = AdamW::new(aliases(), &config.optimizer)?;
+        let reduction = Reduction::of_run(&params)?;
+        let optimizer = match &reduction {
+            Some(reduction) => reduction.optimizer(aliases(), &config.optimizer)?,
+            None => AdamW::new(aliases(), &config.optimizer)?,
+        };
         let scaler = config.loss_scale.as_ref().map(LossScaler::new);
+        let sources = match &reduction {
+            Some(reduction) if reduction.is_sharded() => {
+                if config.ema.is_some() && params.iter().any(|(_, param)| is_half(param)) {
+                    let reason = "16-bit weights whose masters are spread over processes cannot be \
+                                  averaged; use Sharding::Nothing";
+                    return Err(CoreError::config("ema", "some", reason).into());
+                }
+                let detached = |(_, param): &(String, Tensor)| Ok(param.f_detach()?);
+                params.iter().map(detached).collect::<Result<_>>()?
+            }
+            _ => optimizer.weights(),
+        };
         let ema = config
             .ema
             .as_ref()
-            .map(|ema| Ema::of_sources(aliases(), optimizer.weights(), ema));
+            .map(|ema| Ema::of_sources(aliases(), sources, ema));
+        let replicas = reduction.as_ref().map(|r| r.replicas().clone());
         Ok(Self {
+            replicas: replicas.unwrap_or_default(),
+            reduction,
             scaler: scaler.transpose()?,
             ema: ema.transpose()?,
             optimizer,
@@ -139,6 +191,18 @@ impl Updater {
         self.ema.as_ref()
     }
 
+    /// The processes that share the microbatches of an update: what its closure sees are those of
+    /// [`Replicas::share`] alone.
+    pub fn replicas(&self) -> &Replicas {
+        &self.replicas
+    }
+
+    /// When the gradients of the last update travelled to other processes, where there are any.
+    #[cfg(feature = "distributed")]
+    pub fn overlap(&self) -> Option<crate::distributed::OverlapTrace> {
+        self.reduction.as_ref().map(Reduction::trace)
+    }
+
     /// One optimiser step on the sum of the losses that `loss(0)`, …, `loss(microbatches - 1)`
     /// return.
     ///
@@ -151,7 +215,9 @@ impl Updater {
     /// and the microbatch. What a loss draws from them, dropout for one, depends on nothing else,
     /// so that a resumed run draws what an uninterrupted one does.
     ///
-    /// The host waits for the device once, to read losses and norm.
+    /// Of several processes each is asked for the losses of its [share](Replicas::share) alone.
+    ///
+    /// The host waits for the device once, to read losses and norm; of several processes twice.
     ///
     /// # Errors
     /// What `loss` returns; [`Error::NonFiniteLoss`], [`Error::NonFiniteGradient`] or
@@ -160,22 +226,38 @@ impl Updater {
     /// [`Error::NoGradients`], [`Error::LossShape`] or [`Error::LossWithoutGraph`] when the losses
     /// are wrong; [`Error::EmaApplied`] if averages were left in the place of the weights;
     /// libtorch's error when backward fails. Nothing is updated then.
-    pub fn update<E: From<Error>>(
+    pub fn update<E: From<Error> + Display>(
         &mut self,
         microbatches: usize,
         loss: impl FnMut(usize) -> Result<Tensor, E>,
     ) -> Result<UpdateStats, E> {
-        let outcome = self.try_update(microbatches, loss);
+        self.update_if(microbatches, loss, || Ok(()))
+    }
+
+    /// [`update`](Self::update), unless `go_on` fails: it is called when all losses have been
+    /// computed and nothing has moved yet, everywhere, or nowhere if a loss failed. Several
+    /// processes must come to the same answer.
+    ///
+    /// # Errors
+    /// Those of [`update`](Self::update) and of `go_on`. Nothing is updated then.
+    pub fn update_if<E: From<Error> + Display>(
+        &mut self,
+        microbatches: usize,
+        loss: impl FnMut(usize) -> Result<Tensor, E>,
+        go_on: impl FnOnce() -> Result<(), E>,
+    ) -> Result<UpdateStats, E> {
+        let outcome = self.try_update(microbatches, loss, go_on);
         let cleared = self.clear_grads();
         let stats = outcome?;
         cleared?;
         Ok(stats)
     }
 
-    fn try_update<E: From<Error>>(
+    fn try_update<E: From<Error> + Display>(
         &mut self,
         microbatches: usize,
-        mut loss: impl FnMut(usize) -> Result<Tensor, E>,
+        loss: impl FnMut(usize) -> Result<Tensor, E>,
+        go_on: impl FnOnce() -> Result<(), E>,
     ) -> Result<UpdateStats, E> {
         if microbatches == 0 {
             let error = CoreError::Empty {
@@ -188,34 +270,139 @@ impl Updater {
             ema.check_not_applied()?;
         }
         self.clear_grads()?;
-        let mut losses = Vec::with_capacity(microbatches);
+        let share = self.replicas.share(microbatches);
         let mut sums: Vec<Option<Tensor>> = self.params.iter().map(|_| None).collect();
+        let losses = self.backward_all(share, loss, &mut sums);
+        let losses = losses.and_then(|losses| Ok(self.share_losses(losses)?));
+        let gradients = match self.reduction.is_some() {
+            true => self.reduce(losses, sums, go_on)?,
+            false => {
+                let losses = Losses::OnDevice(losses?);
+                go_on()?;
+                let grads = self.collect_grads(sums)?;
+                Gradients { losses, grads }
+            }
+        };
+        Ok(self.apply(gradients)?)
+    }
+
+    /// Forward and backward of this process's microbatches.
+    fn backward_all<E: From<Error>>(
+        &mut self,
+        share: Range<usize>,
+        mut loss: impl FnMut(usize) -> Result<Tensor, E>,
+        sums: &mut [Option<Tensor>],
+    ) -> Result<Vec<Tensor>, E> {
+        let mut losses = Vec::with_capacity(share.len());
         let mut seeds = RngStreams::new(self.config.seed).stream("update/losses", self.step);
-        let stage = self.shards.as_ref().and_then(ParameterShards::stage);
         // One forward, one backward, by turns; a stage of a pipeline is some forwards ahead, so that the
         // later ones have what to do (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
-        let ahead = stage.map_or(0, PipelineStage::ahead);
+        let ahead = self.stage().map_or(0, PipelineStage::ahead);
         let mut waiting = VecDeque::with_capacity(ahead + 1);
-        for microbatch in 0..microbatches {
-            tch::manual_seed(seeds.next_u64() as i64);
+        let end = share.end;
+        for microbatch in 0..end {
+            let seed = seeds.next_u64() as i64;
+            if microbatch < share.start {
+                continue;
+            }
+            tch::manual_seed(seed);
             waiting.push_back((microbatch, loss(microbatch)?));
             if waiting.len() > ahead
                 && let Some((earlier, loss)) = waiting.pop_front()
             {
-                losses.push(self.backward_one(earlier, &loss)?);
-                self.drain_half_grads(&mut sums)?;
+                losses.push(self.backward_next(earlier, &loss, earlier + 1 == end, sums)?);
             }
         }
         for (microbatch, loss) in waiting {
-            losses.push(self.backward_one(microbatch, &loss)?);
-            self.drain_half_grads(&mut sums)?;
+            losses.push(self.backward_next(microbatch, &loss, microbatch + 1 == end, sums)?);
         }
-        let mut grads = self.collect_grads(sums)?;
-        if let Some(stage) = stage {
-            shards::sum_tied(stage, &self.params, &mut grads)?;
-            losses = shards::share_losses(stage, &losses)?;
+        Ok(losses)
+    }
+
+    fn backward_next(
+        &mut self,
+        microbatch: usize,
+        loss: &Tensor,
+        last: bool,
+        sums: &mut [Option<Tensor>],
+    ) -> Result<Tensor> {
+        if let (true, Some(reduction)) = (last, &mut self.reduction) {
+            reduction.arm()?;
         }
-        Ok(self.apply(&losses, &grads)?)
+        let loss = self.backward_one(microbatch, loss)?;
+        self.drain_half_grads(sums)?;
+        Ok(loss)
+    }
+
+    /// The stage of a pipeline that this rank has.
+    fn stage(&self) -> Option<&PipelineStage> {
+        self.shards.as_ref().and_then(ParameterShards::stage)
+    }
+
+    /// The losses of the last stage, in all.
+    fn share_losses(&self, losses: Vec<Tensor>) -> Result<Vec<Tensor>> {
+        match self.stage() {
+            Some(stage) if !losses.is_empty() => shards::share_losses(stage, &losses),
+            _ => Ok(losses),
+        }
+    }
+
+    /// Sums over all processes. What fails here before all have been heard is kept back until then,
+    /// so that none waits for another.
+    fn reduce<E: From<Error> + Display>(
+        &mut self,
+        losses: Result<Vec<Tensor>, E>,
+        sums: Vec<Option<Tensor>>,
+        go_on: impl FnOnce() -> Result<(), E>,
+    ) -> Result<Gradients, E> {
+        let Some(reduction) = &mut self.reduction else {
+            let losses = Losses::OnDevice(losses?);
+            let grads = sums;
+            return Ok(Gradients { losses, grads });
+        };
+        let mut present = Vec::with_capacity(self.params.len());
+        for ((_, param), sum) in self.params.iter().zip(&sums) {
+            present.push(sum.is_some() || grad_of(param)?.is_some());
+        }
+        let completed = reduction.complete();
+        let own = losses.and_then(|losses| {
+            completed?;
+            let losses = match losses.is_empty() {
+                true => Vec::new(),
+                false => Vec::<f32>::try_from(Tensor::f_stack(&losses, 0).map_err(Error::from)?)
+                    .map_err(Error::from)?,
+            };
+            Ok(message(&losses, &present))
+        });
+        let parameters = self.params.len();
+        let mut losses = Vec::new();
+        present = vec![false; parameters];
+        let handed_in = match &own {
+            Ok(bytes) => Ok(bytes.clone()),
+            Err(error) => Err(Error::LossFailed(error.to_string())),
+        };
+        let heard = self.replicas.exchange::<Error>(handed_in);
+        own?;
+        for bytes in heard? {
+            let (flags, numbers) = bytes.split_at(parameters.min(bytes.len()));
+            for (present, flag) in present.iter_mut().zip(flags) {
+                *present |= *flag == 1;
+            }
+            let number = |b: &[u8]| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+            losses.extend(numbers.chunks_exact(4).map(number));
+        }
+        go_on()?;
+        let grads = self.collect_grads(sums)?;
+        // NoGradients must be everybody's, whoever has which pieces.
+        if !present.contains(&true) {
+            return Err(Error::NoGradients { parameters }.into());
+        }
+        let grads = match &self.reduction {
+            Some(reduction) => reduction.sum(grads, &present)?,
+            None => grads,
+        };
+        let losses = Losses::Known(losses);
+        Ok(Gradients { losses, grads })
     }
 
     /// Checks and backpropagates one loss; returns it detached, as f32, still on its device.
@@ -230,9 +417,13 @@ impl Updater {
             return Err(Error::LossWithoutGraph { microbatch });
         }
         match &self.scaler {
-            Some(scaler) => scaler.backward(loss)?,
-            None => loss.f_backward()?,
+            Some(scaler) => scaler.backward(loss),
+            None => loss.f_backward().map_err(Error::from),
         }
+        .map_err(|error| match &self.reduction {
+            Some(reduction) => reduction.explain(error),
+            None => error,
+        })?;
         Ok(loss.f_detach()?.f_to_kind(Kind::Float)?.f_reshape([])?)
     }
 
@@ -259,21 +450,25 @@ impl Updater {
     }
 
     /// One gradient for each parameter that has one: the f32 sum of a 16-bit parameter, the
-    /// gradient itself of another.
+    /// gradient itself of another; with the other stage's, where a stage has the weight too.
     fn collect_grads(&self, sums: Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>> {
-        self.params
-            .iter()
-            .zip(sums)
+        let grads = self.params.iter().zip(sums);
+        let mut grads = grads
             .map(|((_, param), sum)| match sum {
                 Some(sum) => Ok(Some(sum)),
                 None => grad_of(param),
             })
-            .collect()
+            .collect::<Result<Vec<_>>>()?;
+        if let Some(stage) = self.stage() {
+            shards::sum_tied(stage, &self.params, &mut grads)?;
+        }
+        Ok(grads)
     }
 
-    fn apply(&mut self, losses: &[Tensor], grads: &[Option<Tensor>]) -> Result<UpdateStats> {
+    fn apply(&mut self, gradients: Gradients) -> Result<UpdateStats> {
+        let Gradients { losses, grads } = gradients;
         let present: Vec<&Tensor> = grads.iter().flatten().collect();
-        if present.is_empty() {
+        if present.is_empty() && self.reduction.is_none() {
             return Err(Error::NoGradients {
                 parameters: self.params.len(),
             });
@@ -283,16 +478,28 @@ impl Updater {
             ffi::scale_all(&present, f64::from((1.0 / scaler.scale()) as f32))?;
         }
         let norm = match &self.shards {
+            Some(shards) => {
+                let name = |index: usize| self.params[self.param_of(index)].0.as_str();
+                let named = grads.iter().enumerate();
+                let named = named.filter_map(|(i, grad)| Some((name(i), grad.as_ref()?)));
+                shards::grad_norm(shards, self.device(), named)?
+            }
+            None if present.is_empty() => Tensor::from(0f32),
             None => gradients::grad_norm(&present, Norm::L2)?,
-            Some(shards) => shards::grad_norm(shards, &self.params, grads)?,
         };
-        let (losses, grad_norm) = read_once(losses, &norm)?;
+        let (losses, grad_norm) = match (losses, &self.reduction) {
+            (Losses::Known(losses), Some(reduction)) => {
+                (losses, reduction.norm(f64::try_from(&norm)?)?)
+            }
+            (Losses::Known(losses), None) => (losses, f64::try_from(&norm)?),
+            (Losses::OnDevice(losses), _) => read_once(&losses, &norm)?,
+        };
         let loss: f64 = losses.iter().sum();
         if let Some(microbatch) = losses.iter().position(|loss| !loss.is_finite()) {
             return Err(Error::NonFiniteLoss { loss, microbatch });
         }
         if !grad_norm.is_finite() {
-            return self.skip(grads, loss);
+            return self.skip(&grads, loss);
         }
         if let Some(max_norm) = self.config.max_grad_norm {
             gradients::scale_to_norm(&present, grad_norm, max_norm)?;
@@ -300,8 +507,13 @@ impl Updater {
         let mut stats = self.stats(loss, grad_norm);
         // What averaging allocates comes before the weights move.
         let averaged = self.ema.as_ref().map(Ema::ready).transpose()?;
-        self.optimizer
-            .step_with(grads, self.config.schedule.factor(self.step))?;
+        if !present.is_empty() {
+            self.optimizer
+                .step_with(&grads, self.config.schedule.factor(self.step))?;
+        }
+        if let Some(reduction) = &self.reduction {
+            reduction.share_weights()?;
+        }
         if let Some(scaler) = &mut self.scaler {
             scaler.succeeded();
         }
@@ -318,8 +530,7 @@ impl Updater {
         let mut stats = self.stats(loss, f64::INFINITY);
         let mut error = self.blame(grads, loss);
         if let Some(shards) = &self.shards {
-            let device = self.params.first().map_or(Device::Cpu, |p| p.1.device());
-            error = shards::blame(shards, device, error, loss)?;
+            error = shards::blame(shards, self.device(), error, loss)?;
         }
         let Some(scaler) = &mut self.scaler else {
             return Err(error);
@@ -356,30 +567,51 @@ impl Updater {
 
     /// Which gradient made the norm not finite.
     fn blame(&self, grads: &[Option<Tensor>], loss: f64) -> Error {
-        for ((name, _), grad) in self.params.iter().zip(grads) {
+        match self.first_not_finite(grads) {
+            Ok(Some(parameter)) => Error::NonFiniteGradient { parameter, loss },
+            Ok(None) => Error::NormOverflow { loss },
+            Err(error) => error,
+        }
+    }
+
+    fn first_not_finite(&self, grads: &[Option<Tensor>]) -> Result<Option<String>> {
+        let mut first = usize::MAX;
+        for (index, grad) in grads.iter().enumerate() {
             let Some(grad) = grad else { continue };
-            let finite = grad
-                .f_isfinite()
-                .and_then(|flags| flags.f_all())
-                .and_then(bool::try_from);
-            match finite {
-                Ok(true) => {}
-                Ok(false) => {
-                    return Error::NonFiniteGradient {
-                        parameter: name.clone(),
-                        loss,
-                    };
-                }
-                Err(error) => return error.into(),
+            if !bool::try_from(grad.f_isfinite()?.f_all()?)? {
+                first = self.param_of(index);
+                break;
             }
         }
-        Error::NormOverflow { loss }
+        if let Some(reduction) = &self.reduction {
+            first = reduction.least(first)?;
+        }
+        Ok(self.params.get(first).map(|(name, _)| name.clone()))
+    }
+
+    /// The parameter that a stretch of the optimiser belongs to.
+    fn param_of(&self, stretch: usize) -> usize {
+        match &self.reduction {
+            Some(reduction) => reduction.param_of(stretch),
+            None => stretch,
+        }
+    }
+
+    fn device(&self) -> Device {
+        self.params.first().map_or(Device::Cpu, |p| p.1.device())
     }
 
     fn clear_grads(&self) -> Result<()> {
         let params: Vec<&Tensor> = self.params.iter().map(|(_, param)| param).collect();
         ffi::clear_grads(&params)
     }
+}
+
+/// What a process tells the others: which parameters have a gradient here, and its losses.
+fn message(losses: &[f32], present: &[bool]) -> Vec<u8> {
+    let flags = present.iter().map(|present| u8::from(*present));
+    let losses = losses.iter().flat_map(|loss| loss.to_le_bytes());
+    flags.chain(losses).collect()
 }
 
 /// Brings losses and norm to the host in one transfer.

@@ -114,7 +114,9 @@ impl<P: Policy> SftTrainer<P> {
         check_responses(batch)?;
         let (model, prompt_weight) = (&self.model, self.config.prompt_weight);
         let mut parts = Vec::new();
-        for part in batch.split(self.config.microbatch_size)? {
+        let most = self.config.microbatch_size;
+        let size = self.updater.replicas().microbatch_size(batch.len(), most);
+        for part in batch.split(size)? {
             let part = WeightedBatch::new(part, prompt_weight)?;
             // A microbatch without a token to learn adds nothing to the loss.
             if part.total_weight() > 0.0 {

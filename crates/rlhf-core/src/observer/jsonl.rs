@@ -8,17 +8,21 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{Event, Observer};
-use crate::{Error, Result, Stats};
+use crate::{Error, Replicas, Result, Stats};
 
 /// Writes `{"phase":"ppo","step":3,"ppo/kl":0.25,…}` for every event: one line each, written
 /// before [`observe`](Observer::observe) returns, so that a killed run loses none.
+///
+/// Of several processes that train together the first writes; the others' observers leave the file
+/// alone.
 ///
 /// Nothing in a line depends on when or how often the run was started, except what the stats
 /// themselves say of time. Numbers that are not finite are written as [`Stats`] says.
 #[derive(Debug)]
 pub struct JsonlObserver {
     path: PathBuf,
-    file: File,
+    /// `None` where another process of the run writes.
+    file: Option<File>,
 }
 
 #[derive(Serialize)]
@@ -43,6 +47,9 @@ impl JsonlObserver {
     /// [`Error::Io`].
     pub fn create(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
+        if !Replicas::current().is_first() {
+            return Ok(Self { path, file: None });
+        }
         File::create(&path).map_err(Error::io("creating", &path))?;
         Self::append(path)
     }
@@ -77,6 +84,9 @@ impl JsonlObserver {
     }
 
     fn resume_where(path: PathBuf, keep: impl FnOnce(&mut Vec<(Position, &str)>)) -> Result<Self> {
+        if !Replicas::current().is_first() {
+            return Ok(Self { path, file: None });
+        }
         if path.exists() {
             // Bytes, because a line may break off inside a character.
             let bytes = fs::read(&path).map_err(Error::io("reading", &path))?;
@@ -99,12 +109,16 @@ impl JsonlObserver {
             .create(true)
             .open(&path)
             .map_err(Error::io("opening", &path))?;
+        let file = Some(file);
         Ok(Self { path, file })
     }
 }
 
 impl Observer for JsonlObserver {
     fn observe(&mut self, event: &Event<'_>) -> Result<ControlFlow<()>> {
+        let Some(file) = &mut self.file else {
+            return Ok(ControlFlow::Continue(()));
+        };
         let mut line = serde_json::to_vec(&Line {
             phase: event.phase,
             step: event.step,
@@ -113,8 +127,7 @@ impl Observer for JsonlObserver {
         .map_err(|error| Error::io("writing", &self.path)(error.into()))?;
         line.push(b'\n');
         // One call, so that a kill leaves at most one line half-written.
-        self.file
-            .write_all(&line)
+        file.write_all(&line)
             .map_err(Error::io("writing", &self.path))?;
         Ok(ControlFlow::Continue(()))
     }

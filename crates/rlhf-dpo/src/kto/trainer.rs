@@ -146,7 +146,8 @@ impl<P: Policy> KtoTrainer<P> {
     /// Those of [`step`](Self::step).
     pub fn step_scored(&mut self, answers: &[ScoredAnswer]) -> Result<Stats> {
         let kl = self.kl(answers)?;
-        let size = self.config.microbatch_size;
+        let replicas = self.updater.replicas().clone();
+        let size = replicas.microbatch_size(answers.len(), self.config.microbatch_size);
         let learned = match self.config.objective.loss.has_shift() {
             true => Some(self.shift.with(&[&self.rewards_before(answers)?])?),
             false => None,
@@ -166,8 +167,12 @@ impl<P: Policy> KtoTrainer<P> {
         }
         let column = |i: usize| -> Result<Vec<f32>> {
             let parts: Vec<_> = seen.iter().map(|part| &part[i]).collect();
-            let whole = Tensor::f_cat(&parts, 0).and_then(Vec::<f32>::try_from);
-            Ok(whole.map_err(CoreError::from)?)
+            let own = match parts.is_empty() {
+                true => None,
+                false => Some(Tensor::f_cat(&parts, 0).map_err(CoreError::from)?),
+            };
+            let whole = replicas.gather_rows::<Error>(Ok(own))?;
+            Ok(Vec::<f32>::try_from(whole).map_err(CoreError::from)?)
         };
         let (rewards, logprobs) = (column(0)?, column(1)?);
         let mut stats = Stats::from_iter(update.metrics("kto"));

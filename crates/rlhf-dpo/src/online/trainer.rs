@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use rlhf_core::{
     Completions, Detokenize, EpochConfig, EpochTrainer, Error as CoreError, FinishReason,
-    GenerationConfig, Generator, Observer, Policy, Preference, PreferenceBatch, RngStreams, Stats,
-    train_epochs,
+    GenerationConfig, Generator, Observer, Policy, Preference, PreferenceBatch, Replicas,
+    RngStreams, Stats, train_epochs,
 };
 use serde::{Deserialize, Serialize};
 
@@ -166,7 +166,8 @@ impl<P: Policy> OnlineDpoTrainer<P> {
             generator = generator.with_detokenizer(detokenizer.as_ref());
         }
         let rng = RngStreams::new(self.config.seed);
-        Ok(generator.generate(prompts, &rng, self.drawn)?)
+        let replicas = Replicas::current();
+        Ok(generator.generate_shared(&replicas, prompts, &rng, self.drawn)?)
     }
 
     /// Epochs over `prompts`; see [`train_epochs`] for order, checkpoints, resumption and

@@ -119,8 +119,9 @@ impl<P: Policy> GrpoTrainer<P> {
         let rows = completions.batch.len();
         let mut scores = Vec::with_capacity(self.rewards.len());
         for reward in &self.rewards {
-            let of = reward.model.score(&completions)?;
-            let column = measure::judgement(&reward.name, &of, rows)?;
+            let own = reward.model.score(&completions).map_err(Error::from);
+            let own = own.and_then(|of| measure::judgement(&reward.name, &of, rows));
+            let column = measure::of_the_first(own)?;
             let wrong = |score: &f64| match self.config.unscored {
                 Unscored::Error => !score.is_finite(),
                 Unscored::LeaveOut => score.is_infinite(),

@@ -1,6 +1,6 @@
 //! The loss of a microbatch, and what an optimiser step reports.
 
-use rlhf_core::{Error as CoreError, LogprobOptions, Policy};
+use rlhf_core::{Error as CoreError, LogprobOptions, Policy, Replicas};
 use rlhf_scale::UpdateStats;
 use tch::{Kind, Tensor};
 
@@ -161,17 +161,26 @@ pub(crate) struct Measured {
 }
 
 impl GroupMinibatchStats {
-    /// Adds up what the microbatches contributed; waits for the device.
+    /// Adds up what the microbatches of all processes contributed; waits for the device.
     pub(crate) fn new(
         parts: &[(Tensor, Tensor)],
         update: &UpdateStats,
         measured: Measured,
+        replicas: &Replicas,
     ) -> rlhf_core::Result<Self> {
         let sums: Vec<&Tensor> = parts.iter().map(|(sums, _)| sums).collect();
         let maxima: Vec<&Tensor> = parts.iter().map(|(_, max)| max).collect();
-        let sums =
-            Tensor::f_stack(&sums, 0)?.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?;
-        let max = Tensor::f_stack(&maxima, 0)?.f_max()?.f_view([1])?;
+        let own = match parts.is_empty() {
+            true => Vec::new(),
+            false => vec![Tensor::f_stack(&sums, 0)?, Tensor::f_stack(&maxima, 0)?],
+        };
+        let columns = replicas.gather_columns::<CoreError>(Ok(own))?;
+        let [sums, maxima] = <[Tensor; 2]>::try_from(columns).map_err(|_| CoreError::Empty {
+            what: "the minibatch",
+            help: "give it at least one answer",
+        })?;
+        let sums = sums.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?;
+        let max = maxima.f_max()?.f_view([1])?;
         let numbers = Vec::<f64>::try_from(Tensor::f_cat(&[sums, max], 0)?)?;
         let [
             policy_loss,

@@ -494,6 +494,7 @@ impl<P: Policy> GrpoTrainer<P> {
         let mut microbatches = Vec::new();
         for rows in config
             .microbatching()
+            .shared(self.updater.replicas(), rows.len())
             .cut(&rollout.completions.batch, &rows)
         {
             let (own, rest) = weights.split_at(rows.len());
@@ -515,7 +516,9 @@ impl<P: Policy> GrpoTrainer<P> {
             parts.push((out.sums, out.max));
             Ok(out.loss)
         })?;
-        Ok(Some(GroupMinibatchStats::new(&parts, &update, measured)?))
+        let replicas = self.updater.replicas();
+        let stats = GroupMinibatchStats::new(&parts, &update, measured, replicas)?;
+        Ok(Some(stats))
     }
 
     /// The options.

@@ -1,6 +1,9 @@
 //! From a rollout to moved weights: the second half of the algorithm.
 
-use rlhf_core::{Policy, RngStreams, SequenceBatch, Stats};
+use std::cell::RefCell;
+use std::fmt;
+
+use rlhf_core::{Policy, Replicas, RngStreams, SequenceBatch, Stats};
 use tch::{Kind, Tensor};
 
 use crate::minibatch::{Counts, Learners, Parts};
@@ -99,6 +102,7 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
         let microbatches = self
             .config
             .microbatching()
+            .shared(self.updater.replicas(), rows.len())
             .cut(batch, &rows)
             .into_iter()
             .map(|rows| rollout.microbatch(rows))
@@ -146,10 +150,13 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
             kl_coef: rollout.kl_coef,
         };
         let lr = self.updater.lr();
-        let mut parts = Vec::with_capacity(microbatches.len());
+        let replicas = self.updater.replicas().clone();
+        let parts = RefCell::new(Vec::with_capacity(microbatches.len()));
         let mut ptx = PtxSum::default();
+        // Of all processes.
+        let mut sum = Parts::default();
         let all = microbatches.len() + texts.map_or(0, |texts| texts.parts.len());
-        let update = self.updater.update::<Halt>(all, |i| {
+        let loss = |i| -> Result<Tensor, Halt> {
             let Some(microbatch) = microbatches.get(i) else {
                 let part =
                     texts.and_then(|texts| Some((texts, texts.parts.get(i - microbatches.len())?)));
@@ -157,23 +164,26 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
                 return Ok(ptx.add(&self.policy, texts, part)?);
             };
             let out = learners.loss(microbatch, counts)?;
-            parts.push(out.parts);
-            if config.guards.any() && i + 1 == microbatches.len() {
-                let sum = Parts::sum(&parts).map_err(Error::from)?;
-                if let Some(guarded) = config.guards.look(sum.moved, sum.ratio) {
-                    return Err(Halt::Guarded(guarded)); // nothing has moved yet
-                }
-            }
+            parts.borrow_mut().push(out.parts);
             Ok(out.loss)
+        };
+        let update = self.updater.update_if(all, loss, || {
+            sum = Parts::sum(&parts.borrow(), &replicas)?;
+            match config.guards.look(sum.moved, sum.ratio) {
+                Some(guarded) if config.guards.any() => Err(Halt::Guarded(guarded)),
+                _ => Ok(()),
+            }
         });
-        let sum = Parts::sum(&parts);
         match update {
             Ok(update) => {
-                let mut stats = MinibatchStats::new(sum?, &update);
-                stats.ptx_loss = ptx.mean()?;
+                let mut stats = MinibatchStats::new(sum, &update);
+                stats.ptx_loss = match texts {
+                    Some(_) => ptx.mean(&replicas)?,
+                    None => None,
+                };
                 Ok(stats)
             }
-            Err(Halt::Guarded(guarded)) => Ok(MinibatchStats::guarded(sum?, lr, guarded)),
+            Err(Halt::Guarded(guarded)) => Ok(MinibatchStats::guarded(sum, lr, guarded)),
             Err(Halt::Error(error)) => Err(error),
         }
     }
@@ -189,7 +199,9 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
         };
         let (batch, after) = pretraining.next(ptx.batch_size)?;
         let rows: Vec<usize> = (0..batch.len()).collect();
-        let cut = self.config.microbatching().cut(&batch, &rows);
+        let microbatching = self.config.microbatching();
+        let microbatching = microbatching.shared(self.updater.replicas(), rows.len());
+        let cut = microbatching.cut(&batch, &rows);
         let parts = cut.into_iter().map(|rows| batch.select(rows));
         Ok(Some(Texts {
             tokens: batch.response_tokens(),
@@ -207,7 +219,7 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
         self.updater.update::<Error>(texts.parts.len(), |i| {
             ptx.add(policy, texts, &texts.parts[i])
         })?;
-        Ok(ptx.mean()?.unwrap_or(0.0))
+        Ok(ptx.mean(self.updater.replicas())?.unwrap_or(0.0))
     }
 }
 
@@ -215,6 +227,15 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
 enum Halt {
     Error(Error),
     Guarded(Guarded),
+}
+
+impl fmt::Display for Halt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Error(error) => error.fmt(f),
+            Self::Guarded(guarded) => write!(f, "guarded: {guarded:?}"),
+        }
+    }
 }
 
 impl<E: Into<Error>> From<E> for Halt {
@@ -244,12 +265,17 @@ impl PtxSum {
         Ok(loss * texts.coef)
     }
 
-    fn mean(&self) -> Result<Option<f64>> {
-        if self.0.is_empty() {
-            return Ok(None);
-        }
-        let sum = Tensor::f_stack(&self.0, 0)?.f_sum(Kind::Double)?;
-        Ok(Some(f64::try_from(sum).map_err(rlhf_core::Error::from)?))
+    /// Of the texts of all processes.
+    fn mean(&self, replicas: &Replicas) -> Result<Option<f64>> {
+        let own = match self.0.is_empty() {
+            true => 0.0,
+            false => {
+                let sum = Tensor::f_stack(&self.0, 0)?.f_sum(Kind::Double)?;
+                f64::try_from(sum).map_err(rlhf_core::Error::from)?
+            }
+        };
+        let sums = replicas.sum::<Error>(Ok(vec![own, self.0.len() as f64]))?;
+        Ok((sums[1] > 0.0).then_some(sums[0]))
     }
 }
 

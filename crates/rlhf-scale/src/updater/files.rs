@@ -38,6 +38,10 @@ impl Updater {
     /// Of a model on several ranks ([`Updater::of`]) each rank saves what it has, into a folder of its
     /// own, which the rank with the same part of as many loads.
     ///
+    /// Of several processes that train together all call it, and the first writes. The files do not
+    /// tell how many there were, nor what each had a part of: any number of processes can
+    /// [load](Self::load) them.
+    ///
     /// # Errors
     /// If a file cannot be written, or [`Error::EmaApplied`] while averages stand in for the
     /// weights.
@@ -45,9 +49,22 @@ impl Updater {
         if let Some(ema) = &self.ema {
             ema.check_not_applied()?;
         }
+        // What all processes do together comes before what may fail in one.
+        let spread = match &self.reduction {
+            Some(reduction) if reduction.is_sharded() => {
+                Some(reduction.whole_state(&self.optimizer, &self.params)?)
+            }
+            _ => None,
+        };
         std::fs::create_dir_all(dir).map_err(CoreError::io("creating", dir))?;
+        if !self.replicas.is_first() {
+            return Ok(());
+        }
         io::save_tensors(&dir.join(PARAMETERS_FILE), &self.params)?;
-        self.optimizer.save(&dir.join(OPTIMIZER_FILE))?;
+        match spread {
+            Some(state) => io::save_tensors(&dir.join(OPTIMIZER_FILE), &state)?,
+            None => self.optimizer.save(&dir.join(OPTIMIZER_FILE))?,
+        }
         if let Some(ema) = &self.ema {
             ema.save(&dir.join(EMA_FILE))?;
         }
@@ -98,7 +115,11 @@ impl Updater {
         if scaler.is_some() != self.scaler.is_some() {
             return Err(corrupt(&path, "no usable loss_scaler"));
         }
-        let optimizer_state = self.optimizer.state();
+        let spread = self.reduction.as_ref().filter(|r| r.is_sharded());
+        let optimizer_state = match spread {
+            Some(reduction) => reduction.expected_state(&self.params)?,
+            None => self.optimizer.state(),
+        };
         let params = io::read_matching(&dir.join(PARAMETERS_FILE), &self.params)?;
         let moments = io::read_matching(&dir.join(OPTIMIZER_FILE), &optimizer_state)?;
         if let Some(ema) = &mut self.ema {
@@ -106,7 +127,12 @@ impl Updater {
             ema.restore(&averages)?;
         }
         io::copy_into(&self.params, &params)?;
-        io::copy_into(&optimizer_state, &moments)?;
+        match spread {
+            Some(reduction) => {
+                reduction.restore_state(&self.optimizer, &moments, &self.params)?;
+            }
+            None => io::copy_into(&optimizer_state, &moments)?,
+        }
         self.scaler = scaler;
         self.step = state.step;
         Ok(())

@@ -14,19 +14,16 @@ const NOT_FINITE: f64 = 1.0;
 
 /// The norm of all ranks' gradients as one vector, a f32 scalar: the squares of a parameter that
 /// several ranks have are divided among them, and one number is all-reduced.
-pub(super) fn grad_norm(
+pub(super) fn grad_norm<'a>(
     shards: &ParameterShards,
-    params: &[(String, Tensor)],
-    grads: &[Option<Tensor>],
+    device: Device,
+    grads: impl Iterator<Item = (&'a str, &'a Tensor)>,
 ) -> Result<Tensor> {
     let mut by_copies: BTreeMap<usize, Vec<&Tensor>> = BTreeMap::new();
-    for ((name, _), grad) in params.iter().zip(grads) {
-        if let Some(grad) = grad {
-            let copies = shards.copies(name).max(1);
-            by_copies.entry(copies).or_default().push(grad);
-        }
+    for (name, grad) in grads {
+        let copies = shards.copies(name).max(1);
+        by_copies.entry(copies).or_default().push(grad);
     }
-    let device = params.first().map_or(Device::Cpu, |p| p.1.device());
     // Sums of squares in f64: they are exact where f32's would depend on how they are split.
     let mut total = Tensor::f_zeros([1], (Kind::Double, device))?;
     for (copies, grads) in by_copies {
