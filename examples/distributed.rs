@@ -3,6 +3,7 @@
 //! ```sh
 //! cargo run --release --example distributed -- --spawn 4
 //! torchrun --no-python --nproc-per-node 4 target/release/examples/distributed
+//! cargo run --release --example distributed -- --spawn 4 --tensor 2 --pipeline 2
 //! ```
 //!
 //! The program does not say how many processes there are; its losses are the same for any number.
@@ -10,13 +11,17 @@
 #![allow(clippy::print_stdout)] // an example talks to its user
 
 use std::error::Error;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
 use rlhf::core::{EpochConfig, Observer, ProgressObserver, Sequence};
-use rlhf::models::{CausalLm, LoadOptions, Tokenizer};
-use rlhf::scale::distributed::{DataParallel, GroupOptions, Sharding, Spawn, World};
+use rlhf::models::{CausalLm, LoadOptions, PipelineParallel, Placement, TensorParallel, Tokenizer};
+use rlhf::scale::distributed::{
+    DataParallel, GroupOptions, Mesh, MeshShape, ProcessGroup, Sharding, Spawn, World,
+};
 use rlhf::sft::{SftConfig, SftTrainer};
+use rlhf::tch::Tensor;
 
 #[derive(Parser)]
 #[command(about = "Fine-tunes the small model of the other examples on one or several processes")]
@@ -27,6 +32,12 @@ struct Args {
     /// What each process keeps a part of: nothing, optimizer, gradients
     #[arg(long, default_value = "nothing")]
     sharding: String,
+    /// Processes that each layer is split over
+    #[arg(long, default_value_t = 1)]
+    tensor: usize,
+    /// Processes that the blocks are spread over
+    #[arg(long, default_value_t = 1)]
+    pipeline: usize,
     /// Optimiser steps
     #[arg(long, default_value_t = 10)]
     steps: u64,
@@ -43,8 +54,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     if let (Some(processes), false) = (args.spawn, Spawn::is_rank()) {
         return Ok(Spawn::new(processes).run()?.check()?);
     }
-    // The one line that a program needs, to be one of many.
-    let world = World::join(&DataParallel {
+    let options = DataParallel {
         group: GroupOptions {
             limit: Duration::from_secs(args.limit),
             ..GroupOptions::default()
@@ -58,12 +68,23 @@ fn main() -> Result<(), Box<dyn Error>> {
             }
         },
         ..DataParallel::default()
-    })?;
+    };
+    // `World::join(&options)` is the one line that a program needs to be one of many, each with a copy
+    // of the model. Here copies may be spread over several processes, too.
+    let all = ProcessGroup::from_env(&options.group)?;
+    let shape = MeshShape {
+        data: all.size() / (args.tensor * args.pipeline).max(1),
+        pipeline: args.pipeline,
+        tensor: args.tensor,
+    };
+    let mesh = Mesh::new(&all, shape)?;
+    let _world = World::of(mesh.data().clone(), &options)?;
+    let placement = placement(&mesh);
 
     let root = env!("CARGO_MANIFEST_DIR");
     let folder = format!("{root}/examples/models/debtldr-gpt2");
     let tokenizer = Tokenizer::from_dir(&folder)?;
-    let model = CausalLm::from_pretrained(&folder, &LoadOptions::default())?;
+    let model = CausalLm::from_pretrained_parallel(&folder, &LoadOptions::default(), &placement)?;
     let data = texts(
         &tokenizer,
         &format!("{root}/examples/data/debtldr/valid.jsonl"),
@@ -79,24 +100,45 @@ fn main() -> Result<(), Box<dyn Error>> {
         ..EpochConfig::default()
     };
     let start = Instant::now();
-    let progress: Box<dyn Observer> = Box::new(ProgressObserver::new(["sft/loss", "sft/tokens"]));
-    trainer.train(&data, &epochs, &mut [progress])?;
+    let mut observers: Vec<Box<dyn Observer>> = Vec::new();
+    if all.rank() == 0 {
+        observers.push(Box::new(ProgressObserver::new(["sft/loss", "sft/tokens"])));
+    }
+    trainer.train(&data, &epochs, &mut observers)?;
     let seconds = start.elapsed().as_secs_f64();
 
-    // Evaluated everywhere alike; said once.
-    let after = trainer.evaluate(&data[..32])?;
-    if world.is_first() {
-        let group = world.group();
+    // Evaluated everywhere alike, known in the last stage, said once.
+    let loss = Tensor::from(trainer.evaluate(&data[..32])?.loss);
+    mesh.pipeline().broadcast(&loss, args.pipeline - 1)?;
+    if all.rank() == 0 {
         println!(
-            "{} processes, {} sharded: {:.3} s a step, loss {:.6}",
-            group.size(),
+            "{} processes ({} copies of {} stages of {} parts), {} sharded: {:.3} s a step, loss {:.6}",
+            all.size(),
+            shape.data,
+            shape.pipeline,
+            shape.tensor,
             args.sharding,
             seconds / args.steps as f64,
-            after.loss
+            f64::try_from(&loss)?
         );
-        println!("sent by this process: {}", group.traffic());
+        println!("sent to other copies: {}", mesh.data().traffic());
+        println!("to other parts of layers: {}", mesh.tensor().traffic());
+        println!("to other stages: {}", mesh.pipeline().traffic());
     }
     Ok(())
+}
+
+/// Where this process's part of the model is.
+fn placement(mesh: &Mesh) -> Placement {
+    let shape = mesh.shape();
+    let mut placement = Placement::default();
+    if shape.tensor > 1 {
+        placement.tensor = Some(TensorParallel::new(Arc::new(mesh.tensor().clone())));
+    }
+    if shape.pipeline > 1 {
+        placement.pipeline = Some(PipelineParallel::new(Arc::new(mesh.pipeline().clone())));
+    }
+    placement
 }
 
 /// Prompts and their summaries as tokens.

@@ -152,6 +152,26 @@ fn a_saved_model_has_the_bytes_of_an_unsplit_one() {
     }
 }
 
+/// The parts of a sum over ranks are rounded before they are added.
+#[test]
+fn models_of_16_bits() {
+    let want = scores(&load("qwen2_bf16", None)).double_value(&[]);
+    for got in on_ranks(2, |rank| {
+        let model = load("qwen2_bf16", Some(&rank));
+        let scores = scores(&model);
+        scores.backward();
+        assert!(
+            model
+                .named_parameters()
+                .iter()
+                .all(|(_, p)| p.grad().defined())
+        );
+        scores.double_value(&[])
+    }) {
+        assert!((got / want - 1.0).abs() < 5e-3, "{got} {want}");
+    }
+}
+
 #[test]
 fn a_rank_has_its_part_of_the_weights() {
     let elements = |model: &CausalLm| -> usize {
