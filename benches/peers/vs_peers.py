@@ -87,8 +87,8 @@ def forward_backward():
     done()
 
 
-def generate():
-    """48 sampled tokens for every left-padded prompt, after one for the first."""
+def generate(sampled=True):
+    """48 tokens for every left-padded prompt, after one for the first."""
     model = load(getattr(torch, work["dtype"])).eval()
     batches = []
     for step in range(STEPS):
@@ -103,10 +103,7 @@ def generate():
         return model.generate(
             input_ids=ids,
             attention_mask=mask,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
+            **(dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) if sampled else dict(do_sample=False)),
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             pad_token_id=TOKENIZER.pad_token_id,
@@ -119,11 +116,19 @@ def generate():
         if not wait():
             return done()
         start = time.perf_counter()
-        written = write(ids, mask, 48).shape[1] - ids.shape[1]
+        written = write(ids, mask, 48)[:, ids.shape[1] :]
         seconds = time.perf_counter() - start
-        say("step", seconds=seconds, **{**read_of(ids, mask), "tokens": BATCH * written})
+        read = {**read_of(ids, mask), "tokens": written.numel()}
+        if not sampled:
+            read["id_sum"] = int((written * torch.arange(1, written.shape[1] + 1)).sum())
+        say("step", seconds=seconds, **read)
     wait()
     done()
+
+
+def greedy():
+    """The likeliest tokens; a step reports them, every id times its place."""
+    generate(sampled=False)
 
 
 class Turns(TrainerCallback):
@@ -385,7 +390,7 @@ def ppo():
     done()
 
 
-TASKS = {task.__name__: task for task in [forward_backward, generate, sft, dpo, dpo_cached, reward, grpo, ppo]}
+TASKS = {task.__name__: task for task in [forward_backward, generate, greedy, sft, dpo, dpo_cached, reward, grpo, ppo]}
 TASKS["ppo_shared"] = ppo  # it has no shared trunk
 
 if __name__ == "__main__":

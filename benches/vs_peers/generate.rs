@@ -1,10 +1,12 @@
-//! Sampled responses of [`NEW_TOKENS`] tokens to every prompt; the peer is transformers' `generate`.
+//! Responses of [`NEW_TOKENS`] tokens to every prompt, sampled or the likeliest; the peer is transformers'
+//! `generate`. The likeliest must be the same tokens on both sides: a step of `greedy` reports those that it
+//! has written.
 //!
 //! Start-up is from the start of the process to the first token of the first prompt.
 
 use std::sync::Arc;
 
-use rlhf::core::{GenerationConfig, RngStreams, Sequence, SequenceBatch, generate};
+use rlhf::core::{GenerationConfig, RngStreams, SamplingConfig, Sequence, SequenceBatch, generate};
 use rlhf::models::CausalLm;
 
 use crate::data::{Tokens, pairs};
@@ -15,7 +17,7 @@ use crate::{Result, Work, models};
 /// Tokens of each response; no token ends one early.
 const NEW_TOKENS: usize = 48;
 
-pub(crate) fn prepare(work: &Work) -> Result<Prepared> {
+pub(crate) fn prepare(work: &Work, sampling: SamplingConfig) -> Result<Prepared> {
     let model = models::language_model(work)?;
     let prompts: Vec<Vec<Arc<[i64]>>> = pairs(work)?
         .iter()
@@ -27,9 +29,14 @@ pub(crate) fn prepare(work: &Work) -> Result<Prepared> {
                 .collect()
         })
         .collect();
-    let batch_size = work.batch;
-    let config = move |max_new_tokens| GenerationConfig {
-        max_new_tokens,
+    let (batch_size, greedy) = (work.batch, sampling.is_greedy());
+    // The token that ends a text is not written, as the peer has it.
+    let end = model.config().special_tokens().eos.clone();
+    let config = move |new_tokens| GenerationConfig {
+        max_new_tokens: new_tokens,
+        min_new_tokens: new_tokens,
+        stop_token_ids: end.clone(),
+        sampling: sampling.clone(),
         batch_size,
         ..GenerationConfig::default()
     };
@@ -40,12 +47,21 @@ pub(crate) fn prepare(work: &Work) -> Result<Prepared> {
         SequenceBatch::new(alone.collect())
     };
     let batches = prompts.iter().map(alone).collect::<Result<Vec<_>, _>>()?;
-    let tokens = batches.iter().map(|batch| Tokens {
-        tokens: (work.batch * NEW_TOKENS) as i64,
-        id_sum: Tokens::of(batch).id_sum,
-    });
+    let tokens = |(step, batch): (usize, &SequenceBatch)| -> Result<Tokens> {
+        let id_sum = match greedy {
+            true => {
+                let config = config(NEW_TOKENS);
+                let written = generate(&model, &prompts[step], &config, &streams, step as u64)?;
+                place_sum(&written.batch)
+            }
+            false => Tokens::of(batch).id_sum,
+        };
+        let tokens = (work.batch * NEW_TOKENS) as i64;
+        Ok(Tokens { tokens, id_sum })
+    };
+    let tokens = batches.iter().enumerate().map(tokens);
     Ok(Prepared {
-        tokens: tokens.collect(),
+        tokens: tokens.collect::<Result<_>>()?,
         costs: batches.iter().map(|batch| cost(&model, batch)).collect(),
         step: Box::new(move |step| {
             let config = config(NEW_TOKENS);
@@ -57,6 +73,16 @@ pub(crate) fn prepare(work: &Work) -> Result<Prepared> {
             }
         }),
     })
+}
+
+/// Of what was written, every id times its place, counted from 1: two that differ in a token, or in the order
+/// of two, differ in it.
+fn place_sum(batch: &SequenceBatch) -> i64 {
+    let written = batch.sequences().iter().map(|s| &s.response);
+    written
+        .flat_map(|ids| (1..).zip(ids))
+        .map(|(place, id)| place * id)
+        .sum()
 }
 
 /// The prompts once; then every step reads every weight, and multiplies it with a row a prompt.

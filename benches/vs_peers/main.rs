@@ -85,6 +85,8 @@ enum Task {
     ForwardBackward,
     /// Sampled responses of 48 tokens; the peer is transformers' generate, in the same kind.
     Generate,
+    /// The likeliest 48 tokens, which must be the same on both sides.
+    Greedy,
     /// A step of supervised fine-tuning on the right answers; the peer is TRL's SFTTrainer.
     Sft,
     /// A step of DPO, the reference's forward pass included; the peer is TRL's DPOTrainer.

@@ -52,7 +52,7 @@ pub(crate) fn print(work: &Work, figures: &Figures) -> Result<()> {
     let ours = &figures.ours;
     let dtype = match work.dtype {
         Dtype::Float32 => "f32",
-        Dtype::Bfloat16 if work.task == Task::Generate => "bf16",
+        Dtype::Bfloat16 if matches!(work.task, Task::Generate | Task::Greedy) => "bf16",
         Dtype::Bfloat16 => "bf16 (the peer: f32 weights under autocast)",
     };
     let task = serde_json::to_value(work.task)?;

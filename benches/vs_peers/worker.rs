@@ -6,7 +6,7 @@
 use std::io::{BufRead, Write};
 use std::time::Instant;
 
-use rlhf::core::tch;
+use rlhf::core::{SamplingConfig, tch};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Tokens;
@@ -55,7 +55,8 @@ pub(crate) fn serve(work: &Work) -> Result<()> {
     tch::set_num_threads(work.threads);
     let mut prepared = match work.task {
         Task::ForwardBackward => forward_backward::prepare(work)?,
-        Task::Generate => generate::prepare(work)?,
+        Task::Generate => generate::prepare(work, SamplingConfig::default())?,
+        Task::Greedy => generate::prepare(work, SamplingConfig::greedy())?,
         Task::Sft => sft::prepare(work)?,
         Task::Dpo => dpo::prepare(work)?,
         Task::DpoCached => dpo::prepare_cached(work)?,

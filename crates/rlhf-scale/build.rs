@@ -39,6 +39,7 @@ fn main() -> Result<(), &'static str> {
             "csrc/attention.cpp",
             "csrc/autograd.cpp",
             "csrc/causal.cpp",
+            "csrc/gemm.cpp",
             "csrc/linear.cpp",
             "csrc/memory.cpp",
             "csrc/rows.cpp",
@@ -46,6 +47,7 @@ fn main() -> Result<(), &'static str> {
             "csrc/softmax.cpp",
             "csrc/stop_early.cpp",
             "csrc/training.cpp",
+            "csrc/training_f32.cpp",
         ]);
     if env::var_os("CARGO_FEATURE_DISTRIBUTED").is_some() {
         build

@@ -1,8 +1,10 @@
 //! Weights on disk: safetensors files in the layout of the Hugging Face hub.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::path::{Component, Path, PathBuf};
 
+use memmap2::{MmapMut, MmapOptions};
 use rlhf_scale::tensor_from_owner;
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
@@ -24,6 +26,9 @@ const INDEX: &str = "model.safetensors.index.json";
 const MAX_HEADER: u64 = 32 << 20;
 /// Bytes that libtorch's CPU allocator aligns to.
 const ALIGNMENT: i64 = 64;
+/// Bytes of a tensor that has a map of its own, which goes when the model has taken its copy: so the
+/// file is never in memory as a whole beside the weights.
+const LARGE: i64 = 1 << 20;
 
 /// What becomes of a tensor that is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,13 +103,8 @@ fn read_file(
     weights: &mut WeightMap,
     problems: &mut Vec<WeightProblem>,
 ) -> Result<()> {
-    let file = std::fs::File::open(path).map_err(Error::io("opening", path))?;
-    // SAFETY: the map is private, so writes to the weights never reach the file. Whoever
-    // truncates the file meanwhile gets this process a SIGBUS, as with every loader that maps;
-    // this crate replaces files by renaming, which leaves the old contents to the map.
-    #[allow(unsafe_code)]
-    let map = unsafe { memmap2::MmapOptions::new().map_copy(&file) }
-        .map_err(Error::io("mapping", path))?;
+    let file = File::open(path).map_err(Error::io("opening", path))?;
+    let map = mapped(&file, path, None)?;
     let parsed = parse(&map).map_err(|source| Error::Safetensors {
         path: path.into(),
         source,
@@ -130,7 +130,17 @@ fn read_file(
     let whole = tensor_from_owner(map, |map| &mut map[..], &[length], Kind::Uint8)
         .map_err(rlhf_core::Error::model)?;
     for place in places {
-        let tensor = place.tensor(&whole, reading)?;
+        let tensor = match place.bytes >= LARGE {
+            true => {
+                let map = mapped(&file, path, Some(&place))?;
+                let part = tensor_from_owner(map, |map| &mut map[..], &[place.bytes], Kind::Uint8)
+                    .map_err(rlhf_core::Error::model)?;
+                place.tensor(part, Reading::Parts)?
+            }
+            false => {
+                place.tensor(whole.f_narrow(0, place.offset, place.bytes)?, reading)?
+            }
+        };
         if weights.insert(place.name.clone(), tensor).is_some() {
             problems.push(WeightProblem::Duplicate { name: place.name });
         }
@@ -151,8 +161,7 @@ impl Place {
     /// A view of the file's bytes, or a copy where they are not aligned as libtorch aligns its
     /// own memory: kernels sum in another order there, and a model loaded from its own copy
     /// would differ from it in the last bit.
-    fn tensor(&self, whole: &Tensor, reading: Reading) -> Result<Tensor> {
-        let mut bytes = whole.f_narrow(0, self.offset, self.bytes)?;
+    fn tensor(&self, mut bytes: Tensor, reading: Reading) -> Result<Tensor> {
         let needed = match reading {
             Reading::Whole => ALIGNMENT,
             // What views of another kind need.
@@ -170,6 +179,21 @@ impl Place {
             .f_view(self.shape.as_slice())?
             .f_data()?)
     }
+}
+
+/// A map of a file, or of what a tensor has of it.
+fn mapped(file: &File, path: &Path, part: Option<&Place>) -> Result<MmapMut> {
+    let mut options = MmapOptions::new();
+    if let Some(place) = part {
+        options
+            .offset(place.offset as u64)
+            .len(place.bytes as usize);
+    }
+    // SAFETY: the map is private, so writes to the weights never reach the file. Whoever
+    // truncates the file meanwhile gets this process a SIGBUS, as with every loader that maps;
+    // this crate replaces files by renaming, which leaves the old contents to the map.
+    #[allow(unsafe_code)]
+    unsafe { options.map_copy(file) }.map_err(Error::io("mapping", path))
 }
 
 /// Constants that old checkpoints carry along: causal masks and rotary frequencies.

@@ -78,8 +78,7 @@ impl Linear {
     fn forward_here(&self, x: &Tensor) -> Result<Tensor> {
         let output = match (self.layout, &self.bias) {
             (Layout::OutIn, bias) => linear(x, &self.weight, bias.as_ref())?,
-            (Layout::InOut, Some(bias)) => bias.f_addmm(x, &self.weight)?,
-            (Layout::InOut, None) => x.f_matmul(&self.weight)?,
+            (Layout::InOut, bias) => linear_in_out(x, &self.weight, bias.as_ref())?,
         };
         match &self.adapter {
             Some(adapter) => adapter.add_to(output, x),
@@ -111,7 +110,7 @@ impl Linear {
     fn forward_summed(&self, x: &Tensor, shard: &Shard) -> Result<Tensor> {
         let output = match self.layout {
             Layout::OutIn => linear(x, &self.weight, None)?,
-            Layout::InOut => x.f_matmul(&self.weight)?,
+            Layout::InOut => linear_in_out(x, &self.weight, None)?,
         };
         let output = match &self.adapter {
             Some(adapter) => adapter.add_to(output, x)?,
@@ -157,12 +156,22 @@ pub(crate) fn forward_all<const N: usize>(layers: [&Linear; N], x: &Tensor) -> R
     Ok(outputs)
 }
 
-/// [`Tensor::f_linear`], by a kernel of its own where there are few rows, as in decoding.
+/// [`Tensor::f_linear`], by kernels of our own where they apply.
 pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     match kernels::linear(x, weight, bias).map_err(rlhf_core::Error::from)? {
         Some(y) => Ok(y),
         None => Ok(x.f_linear(weight, bias)?),
     }
+}
+
+/// `x weight + bias`.
+fn linear_in_out(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let own = kernels::linear_in_out(x, weight, bias).map_err(rlhf_core::Error::from)?;
+    Ok(match (own, bias) {
+        (Some(y), _) => y,
+        (None, Some(bias)) => bias.f_addmm(x, weight)?,
+        (None, None) => x.f_matmul(weight)?,
+    })
 }
 
 /// Normalisation to mean 0 and variance 1, then an affine map.

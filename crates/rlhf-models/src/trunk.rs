@@ -273,6 +273,8 @@ impl<H> Model<H> {
         prepare: impl FnOnce(&ModelConfig, &mut WeightMap) -> P,
         head: impl FnOnce(P, &ModelConfig, &Trunk, &mut Builder) -> H,
     ) -> Result<Self> {
+        // Before the first weight is made.
+        rlhf_scale::reuse_memory().map_err(rlhf_core::Error::from)?;
         let config = ModelConfig::from_dir(dir)?;
         let mut weights: WeightMap = read_weights(dir, Reading::of(placement))?
             .into_iter()
@@ -281,7 +283,9 @@ impl<H> Model<H> {
         let prepared = prepare(&config, &mut weights);
         let stored = weights.values().next().map_or(Kind::Float, Tensor::kind);
         let kind = options.kind.unwrap_or(stored);
-        let builder = Builder::from_weights(weights, options.device, kind).at(placement);
+        let builder = Builder::from_weights(weights, options.device, kind)
+            .copying()
+            .at(placement);
         let mut model = Self::build(config, builder, dir, |config, trunk, builder| {
             head(prepared, config, trunk, builder)
         })?;

@@ -42,6 +42,8 @@ pub(crate) struct Builder {
     /// The first failure of libtorch: no memory, for one.
     failure: Option<Error>,
     adapters: Option<AdapterBuilder>,
+    /// Whether weights that need no conversion are copied all the same.
+    copies: bool,
     placement: Placement,
     splitting: Option<Splitting>,
     stage: Option<Stage>,
@@ -99,10 +101,20 @@ impl Builder {
             problems: Vec::new(),
             failure: None,
             adapters: None,
+            copies: false,
             placement: Placement::default(),
             splitting: None,
             stage: None,
             cuts: Cuts::new(),
+        }
+    }
+
+    /// Leaves the memory that the weights come from. A file's pages are small, and those of memory
+    /// of our own large ([`rlhf_scale::reuse_memory`]), which is quicker to decode from.
+    pub(crate) fn copying(self) -> Self {
+        Self {
+            copies: true,
+            ..self
         }
     }
 
@@ -262,8 +274,13 @@ impl Builder {
                 }
             },
         };
-        let tensor = tensor.f_to_device(self.device)?.f_to_kind(self.kind)?;
-        Ok(Some(tensor.f_set_requires_grad(trainable)?))
+        let mut weight = tensor.f_to_device(self.device)?.f_to_kind(self.kind)?;
+        // Parts are copies already.
+        let is_there = weight.data_ptr() == tensor.data_ptr();
+        if self.copies && is_there && !self.placement.is_split() {
+            weight = copied(&tensor)?;
+        }
+        Ok(Some(weight.f_set_requires_grad(trainable)?))
     }
 
     /// What is added to the linear layer of that name, if anything.

@@ -1,7 +1,7 @@
 // What tch leaves out of libtorch: list operations (fused AdamW, foreach norms), writable gradients,
 // backward with output gradients, and tensors over memory that Rust owns.
 #include "guard.h"
-#include "vectors.h"
+#include "wide.h"
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_foreach_add.h>
@@ -11,6 +11,7 @@
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/stack.h>
 #include <torch/csrc/autograd/autograd.h>
 
@@ -63,6 +64,52 @@ bool rounds(const Tensor& target, const Tensor& source) {
 }
 
 }  // namespace
+
+#ifdef RLHF_KERNELS
+namespace {
+
+using namespace rlhf;
+
+constexpr int64_t kSummed = 16 << 10;  // elements whose squares are summed in f32
+
+WIDE float squares(const float* x, int64_t count) {
+  __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+  int64_t i = 0;
+  for (; i + 64 <= count; i += 64) {
+    UNROLL for (int j = 0; j < 4; j++) {
+      __m512 value = load(x + i + 16 * j);
+      sums[j] = _mm512_fmadd_ps(value, value, sums[j]);
+    }
+  }
+  float total = sum(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+  for (; i < count; i++) total += x[i] * x[i];
+  return total;
+}
+
+// The Euclidean norm, by all threads at once; what it is does not depend on how many they are.
+double length_of(const std::vector<Tensor>& tensors) {
+  struct Part {
+    const float* x;
+    int64_t count;
+  };
+  std::vector<Part> parts;
+  for (auto& tensor : tensors) {
+    const float* x = data<float>(tensor);
+    for (int64_t i = 0; i < tensor.numel(); i += kSummed) {
+      parts.push_back({x + i, std::min(kSummed, tensor.numel() - i)});
+    }
+  }
+  std::vector<float> sums(parts.size());
+  split(parts.size(), 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) sums[i] = squares(parts[i].x, parts[i].count);
+  });
+  double total = 0;
+  for (float sum : sums) total += sum;
+  return std::sqrt(total);
+}
+
+}  // namespace
+#endif
 
 extern "C" {
 
@@ -118,6 +165,13 @@ char* rlhf_round_all(Tensor* const* targets, Tensor* const* sources, size_t coun
 char* rlhf_norm(Tensor* const* tensors, size_t count, double order, Tensor** result) {
   return guarded([&] {
     at::NoGradGuard no_grad;
+#ifdef RLHF_KERNELS
+    auto dense = [](const Tensor* t) { return all_of_kind(at::kFloat, {t}) && t->layout() == at::kStrided; };
+    if (order == 2 && able() && std::all_of(tensors, tensors + count, dense)) {
+      *result = new Tensor(at::scalar_tensor(length_of(list(tensors, count)), at::kFloat));
+      return;
+    }
+#endif
     auto norms = at::_foreach_norm(list(tensors, count), order, at::kFloat);
     for (auto& norm : norms) {
       norm = norm.to(norms.front().device());

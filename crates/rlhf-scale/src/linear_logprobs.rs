@@ -11,6 +11,7 @@ use crate::{Error, Result, Saved, VocabularyShard, custom_function, enter_parall
 mod blocks;
 mod gradients;
 mod layer;
+mod product;
 mod scores;
 mod token_loss;
 

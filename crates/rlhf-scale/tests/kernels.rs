@@ -1,4 +1,4 @@
-//! The kernels for few rows against libtorch's operations.
+//! The kernels of decoding against libtorch's operations.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use rlhf_scale::kernels::{self, CachedAttentionInput};
@@ -260,13 +260,15 @@ fn attention_to_a_cache() {
 }
 
 #[test]
-fn what_needs_gradients_is_left_to_libtorch() {
+fn what_has_no_kernel_is_left_to_libtorch() {
     let x = random(&[2, 16], 0.1, Kind::Float);
-    let weight = random(&[3, 16], 0.2, Kind::Float).set_requires_grad(true);
+    let weight = random(&[3, 16], 0.2, Kind::Float);
+    let double = weight.to_kind(Kind::Double);
+    assert!(kernels::linear(&x, &double, None).unwrap().is_none());
+    let [x, weight] = [x, weight].map(|t| t.to_kind(Kind::BFloat16).set_requires_grad(true));
     assert!(kernels::linear(&x, &weight, None).unwrap().is_none());
+    assert!(kernels::silu_gated(&x, &x).unwrap().is_none());
     let _guard = tch::no_grad_guard();
-    let many = random(&[33, 16], 0.1, Kind::Float);
+    let many = random(&[33, 16], 0.1, Kind::BFloat16);
     assert!(kernels::linear(&many, &weight, None).unwrap().is_none());
-    let other = weight.to_kind(Kind::Double);
-    assert!(kernels::linear(&x, &other, None).unwrap().is_none());
 }

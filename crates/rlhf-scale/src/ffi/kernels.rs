@@ -1,16 +1,19 @@
-//! Decoding on the CPU: products of few rows with large matrices, attention to a cache, and what
-//! lies between them in single passes.
+//! What a model computes, on the CPU of a processor with AVX-512: matrix products, attention to a
+//! cache, and what lies between them in single passes.
 //!
-//! libtorch's matrix products are made for many rows. With few, the time goes into fetching the
-//! weights; these kernels fetch each weight once, ahead of its use, and multiply it with all rows
-//! while it is at hand. They use the weights as they lie, `[out, in]`: nothing is packed, kept
-//! beside them, or made stale by an update.
+//! Products of many rows, in f32, copy both factors into panels that fill the widest registers, on
+//! processors of any maker, and have gradients. With few rows, as in decoding, the time goes into
+//! fetching the weights; there a kernel of its own fetches each weight once, ahead of its use, and
+//! multiplies it with all rows while it is at hand. Both use the weights as they lie: nothing is
+//! kept beside them, or made stale by an update.
 //!
-//! Each returns `None` where it does not apply and the caller does it with libtorch: while
-//! gradients are recorded, on another device or kind than f32 and bf16, on a processor without
-//! AVX-512; products also for more than 32 rows. A row's result depends on that row alone, bit for
-//! bit: not on how many rows there are, nor on the number of threads.
+//! Each returns `None` where it does not apply and the caller does it with libtorch: on another
+//! device, under autocast, on a processor without AVX-512; for kinds other than f32, and bf16
+//! where no gradients are recorded (products: of up to 32 rows). A row's result depends on that
+//! row alone, bit for bit: not on how many rows there are (but that few and many are different
+//! kernels), nor on the number of threads. Nor do gradients depend on the latter.
 
+use std::ffi::c_int;
 use std::ptr::null_mut;
 
 use tch::Tensor;
@@ -26,6 +29,19 @@ unsafe extern "C" {
         count: usize,
         results: *mut Raw,
     ) -> Message;
+    fn rlhf_linear(
+        x: Raw,
+        weights: *const Raw,
+        biases: *const Raw,
+        count: usize,
+        out_first: c_int,
+        results: *mut Raw,
+    ) -> Message;
+    fn rlhf_want_kernels(wanted: c_int);
+    fn rlhf_multiply_into(out: Raw, a: Raw, b: Raw, add: c_int, done: *mut c_int) -> Message;
+    fn rlhf_trained_rms_norm(x: Raw, weight: Raw, epsilon: f64, result: *mut Raw) -> Message;
+    fn rlhf_trained_rotate(x: Raw, cos: Raw, sin: Raw, result: *mut Raw) -> Message;
+    fn rlhf_trained_silu_gated(gate: Raw, up: Raw, result: *mut Raw) -> Message;
     fn rlhf_rms_norm(x: Raw, weight: Raw, epsilon: f64, result: *mut Raw) -> Message;
     fn rlhf_rotate(x: Raw, cos: Raw, sin: Raw, result: *mut Raw) -> Message;
     fn rlhf_silu_gated(gate: Raw, up: Raw, result: *mut Raw) -> Message;
@@ -43,7 +59,16 @@ unsafe extern "C" {
     ) -> Message;
 }
 
-/// An affine map: `x weightᵀ + bias`. Sums are f32, rounded once for bf16.
+/// Whether the kernels of training, and the products of many rows, run where they apply, as they do
+/// unless told otherwise: in the whole process. Without them libtorch's operations compute the same
+/// up to rounding, and keep more for backward, which is what a memory plan counts.
+pub fn set_training(enabled: bool) {
+    // SAFETY: sets a flag.
+    unsafe { rlhf_want_kernels(c_int::from(enabled)) }
+}
+
+/// An affine map: `x weightᵀ + bias`. Sums are f32, rounded once for bf16. With gradients where
+/// they are recorded.
 ///
 /// # Shapes
 /// `x`: `[M, in]`; `weight`: `[out, in]`; `bias`: `[out]`. Returns `[M, out]`.
@@ -55,7 +80,8 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Opti
     Ok(outputs.map(|[output]| output))
 }
 
-/// Several affine maps of the same rows, [`linear`]'s results: threads start once for all.
+/// Several affine maps of the same rows, [`linear`]'s results: threads start once for all, and
+/// what is prepared of the rows is prepared once.
 ///
 /// # Errors
 /// libtorch's (out of memory).
@@ -65,25 +91,49 @@ pub fn linears<const N: usize>(
 ) -> Result<Option<[Tensor; N]>> {
     let weights = maps.map(|(weight, _)| raw(weight));
     let biases = maps.map(|(_, bias)| bias.map_or(null_mut(), raw));
-    let mut results = [null_mut(); N];
+    let (weights, biases) = (weights.as_ptr(), biases.as_ptr());
     // SAFETY: live tensors, as many as it is told; null stands for no bias.
-    let message = unsafe {
-        rlhf_few_rows_linear(
-            raw(x),
-            weights.as_ptr(),
-            biases.as_ptr(),
-            N,
-            results.as_mut_ptr(),
-        )
-    };
-    check(message)?;
-    if results.contains(&null_mut()) {
-        return Ok(None);
+    let few = all_returned(|results| unsafe {
+        rlhf_few_rows_linear(raw(x), weights, biases, N, results)
+    })?;
+    match few {
+        Some(few) => Ok(Some(few)),
+        // SAFETY: as above.
+        None => {
+            all_returned(|results| unsafe { rlhf_linear(raw(x), weights, biases, N, 1, results) })
+        }
     }
-    // SAFETY: all are set, or none.
-    Ok(Some(
-        results.map(|result| unsafe { Tensor::from_ptr(result) }),
-    ))
+}
+
+/// [`linear`] with a weight that lies the other way: `x weight + bias`.
+///
+/// # Shapes
+/// `x`: `[M, in]`; `weight`: `[in, out]`; `bias`: `[out]`. Returns `[M, out]`.
+///
+/// # Errors
+/// libtorch's (out of memory).
+pub fn linear_in_out(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Option<Tensor>> {
+    let (weights, biases) = ([raw(weight)], [bias.map_or(null_mut(), raw)]);
+    // SAFETY: live tensors, one each; null stands for no bias.
+    let outputs = all_returned(|results| unsafe {
+        rlhf_linear(raw(x), weights.as_ptr(), biases.as_ptr(), 1, 0, results)
+    })?;
+    Ok(outputs.map(|[output]| output))
+}
+
+/// Writes `a b` to `out`, or adds it there, without gradients. False where this does not apply, and
+/// nothing is done.
+///
+/// # Shapes
+/// `a`: `[M, K]`; `b`: `[K, N]`; `out`: `[M, N]`.
+///
+/// # Errors
+/// libtorch's (out of memory).
+pub(crate) fn multiply_into(out: &Tensor, a: &Tensor, b: &Tensor, add: bool) -> Result<bool> {
+    let mut done = 0;
+    // SAFETY: live tensors; the shim checks their sizes. `out` overlaps neither.
+    check(unsafe { rlhf_multiply_into(raw(out), raw(a), raw(b), c_int::from(add), &mut done) })?;
+    Ok(done != 0)
 }
 
 /// Each vector of the last dimension over the root of its mean square plus `epsilon`, rounded to
@@ -96,7 +146,14 @@ pub fn linears<const N: usize>(
 /// libtorch's (out of memory).
 pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Option<Tensor>> {
     // SAFETY: live tensors.
-    returned(|result| unsafe { rlhf_rms_norm(raw(x), raw(weight), epsilon, result) })
+    let plain = returned(|result| unsafe { rlhf_rms_norm(raw(x), raw(weight), epsilon, result) })?;
+    match plain {
+        Some(plain) => Ok(Some(plain)),
+        // SAFETY: as above.
+        None => returned(|result| unsafe {
+            rlhf_trained_rms_norm(raw(x), raw(weight), epsilon, result)
+        }),
+    }
 }
 
 /// Rotary positions: `x * cos` plus `sin` times `x` with the halves of its first `width` dimensions
@@ -110,7 +167,14 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Option<Tens
 /// libtorch's (out of memory).
 pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Option<Tensor>> {
     // SAFETY: live tensors; the shim checks their sizes.
-    returned(|result| unsafe { rlhf_rotate(raw(x), raw(cos), raw(sin), result) })
+    let plain = returned(|result| unsafe { rlhf_rotate(raw(x), raw(cos), raw(sin), result) })?;
+    match plain {
+        Some(plain) => Ok(Some(plain)),
+        // SAFETY: as above.
+        None => {
+            returned(|result| unsafe { rlhf_trained_rotate(raw(x), raw(cos), raw(sin), result) })
+        }
+    }
 }
 
 /// `silu(gate) * up`.
@@ -122,7 +186,12 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Option<Tensor>> 
 /// libtorch's (out of memory).
 pub fn silu_gated(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
     // SAFETY: live tensors; the shim checks their sizes.
-    returned(|result| unsafe { rlhf_silu_gated(raw(gate), raw(up), result) })
+    let plain = returned(|result| unsafe { rlhf_silu_gated(raw(gate), raw(up), result) })?;
+    match plain {
+        Some(plain) => Ok(Some(plain)),
+        // SAFETY: as above.
+        None => returned(|result| unsafe { rlhf_trained_silu_gated(raw(gate), raw(up), result) }),
+    }
 }
 
 /// One token of every row and the cache that it looks at, for [`cached_attention`].
@@ -181,6 +250,21 @@ pub fn cached_attention(input: &CachedAttentionInput) -> Result<Option<Tensor>> 
             result,
         )
     })
+}
+
+/// As many results as the call was told to make, or none.
+fn all_returned<const N: usize>(
+    call: impl FnOnce(*mut Raw) -> Message,
+) -> Result<Option<[Tensor; N]>> {
+    let mut results = [null_mut(); N];
+    check(call(results.as_mut_ptr()))?;
+    if results.contains(&null_mut()) {
+        return Ok(None);
+    }
+    // SAFETY: tensors that are ours.
+    Ok(Some(
+        results.map(|result| unsafe { Tensor::from_ptr(result) }),
+    ))
 }
 
 fn returned(call: impl FnOnce(*mut Raw) -> Message) -> Result<Option<Tensor>> {

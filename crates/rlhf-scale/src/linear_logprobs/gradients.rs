@@ -4,6 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::blocks::{Block, Buffers};
 use super::layer::{Operands, OutputLayer, own_columns};
+use super::product::{Target, multiply};
 use super::scores::Scores;
 use crate::Result;
 use crate::ffi::softmax::{self, LogitBlock, RowGrads};
@@ -213,19 +214,23 @@ impl Gradients {
         if let Some(hidden) = &self.hidden {
             let mut rows = hidden.f_narrow(0, start, grad_logits.size()[0])?;
             let weight = of_block(operands.weight)?;
-            let _ = match is_wide {
-                true => rows.f_addmm_(grad_logits, &weight)?,
-                false => rows.f_add_(&scaled(grad_logits.f_mm(&weight)?)?)?,
-            };
+            match is_wide {
+                true => multiply(&mut rows, grad_logits, &weight, Target::Sum)?,
+                false => {
+                    let _ = rows.f_add_(&scaled(grad_logits.f_mm(&weight)?)?)?;
+                }
+            }
         }
         if let Some(weight) = &self.weight {
             let mut rows = of_block(weight)?;
             let grad_logits = grad_logits.f_transpose(0, 1)?;
-            let _ = match (self.summed, is_wide) {
-                (false, _) => grad_logits.f_mm_out(&rows, operands.hidden)?,
-                (true, true) => rows.f_addmm_(&grad_logits, operands.hidden)?,
-                (true, false) => rows.f_add_(&scaled(grad_logits.f_mm(operands.hidden)?)?)?,
-            };
+            match (self.summed, is_wide) {
+                (false, _) => multiply(&mut rows, &grad_logits, operands.hidden, Target::Place)?,
+                (true, true) => multiply(&mut rows, &grad_logits, operands.hidden, Target::Sum)?,
+                (true, false) => {
+                    let _ = rows.f_add_(&scaled(grad_logits.f_mm(operands.hidden)?)?)?;
+                }
+            }
         }
         Ok(())
     }

@@ -4,6 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::blocks::{Block, Blocks, Buffers, Cache};
 use super::gradients::{Coefficients, Gradients, grad_logits};
+use super::product::{Target, multiply};
 use super::scores::{RunningScores, Scores};
 use crate::{Result, VocabularyShard};
 
@@ -91,10 +92,12 @@ impl OutputLayer {
                 let _ = expected.f_mul_(&before.f_sub(&running.maxima)?.f_exp()?)?;
             }
             let rows = weight.f_narrow(0, block.first, block.width)?;
-            let _ = match weight.kind() {
-                Kind::Float => expected.f_addmm_(&exponentials, &rows)?,
-                _ => expected.f_add_(&exponentials.f_mm(&rows)?)?,
-            };
+            match weight.kind() {
+                Kind::Float => multiply(&mut expected, &exponentials, &rows, Target::Sum)?,
+                _ => {
+                    let _ = expected.f_add_(&exponentials.f_mm(&rows)?)?;
+                }
+            }
         }
         let chosen = match shard {
             None => weight.f_index_select(0, operands.ids)?,
@@ -144,11 +147,12 @@ impl OutputLayer {
     fn multiply(&self, operands: Operands<'_>, block: Block, out: &Tensor) -> Result<()> {
         let rows = |tensor: &Tensor| tensor.f_narrow(0, block.first, block.width);
         let weight = rows(operands.weight)?.f_transpose(0, 1)?;
-        let _ = match operands.bias {
-            Some(bias) => rows(bias)?.f_addmm_out(out, operands.hidden, &weight)?,
-            None => operands.hidden.f_mm_out(out, &weight)?,
-        };
-        Ok(())
+        let mut out = out.shallow_clone();
+        if let Some(bias) = operands.bias {
+            out.f_copy_(&rows(bias)?)?;
+            return multiply(&mut out, operands.hidden, &weight, Target::Sum);
+        }
+        multiply(&mut out, operands.hidden, &weight, Target::Place)
     }
 
     /// From products in f32 to logits, in place: capped, then divided by the temperature.
