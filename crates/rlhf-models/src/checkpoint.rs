@@ -137,9 +137,7 @@ fn read_file(
                     .map_err(rlhf_core::Error::model)?;
                 place.tensor(part, Reading::Parts)?
             }
-            false => {
-                place.tensor(whole.f_narrow(0, place.offset, place.bytes)?, reading)?
-            }
+            false => place.tensor(whole.f_narrow(0, place.offset, place.bytes)?, reading)?,
         };
         if weights.insert(place.name.clone(), tensor).is_some() {
             problems.push(WeightProblem::Duplicate { name: place.name });

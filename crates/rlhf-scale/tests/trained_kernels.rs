@@ -242,7 +242,10 @@ fn they_can_be_turned_off() {
     assert!(kernels::linear(&x, &x, None).unwrap().is_none());
     assert!(kernels::silu_gated(&x, &x).unwrap().is_none());
     kernels::set_training(true);
-    assert_eq!(kernels::silu_gated(&x, &x).unwrap().is_some(), has_kernels());
+    assert_eq!(
+        kernels::silu_gated(&x, &x).unwrap().is_some(),
+        has_kernels()
+    );
 }
 
 #[test]
