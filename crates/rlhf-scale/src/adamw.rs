@@ -25,9 +25,8 @@ use crate::{AdamWConfig, Error, Result, io, param_group};
 ///
 /// A bf16 parameter has 8 bits, and a usual step is a small part of their last one. Rounded to the
 /// nearest, weights that begin as bf16 would all stay where they are for the first steps, then move
-/// together; SFT of a 135 M model lost about three steps of its first ten by it. On the CPU each element
-/// therefore has a threshold of its own, spread evenly from its index: that share of the distance
-/// between two bf16 numbers from which on it is rounded up. So a step moves as many weights as it should,
+/// together. On the CPU each element therefore has a threshold of its own, spread evenly from its index:
+/// that share of the distance between two bf16 numbers from which on it is rounded up. So a step moves as many weights as it should,
 /// each once; what is a bf16 number stays; and no random number is drawn, so that a resumed run does
 /// the same. On other devices, and for f16, rounding is to the nearest.
 ///
