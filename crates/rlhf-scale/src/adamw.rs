@@ -67,6 +67,7 @@ pub(crate) enum Stretch {
 }
 
 /// The state of a stretch.
+#[cfg(feature = "distributed")]
 pub(crate) struct SlotState {
     pub(crate) exp_avg: Tensor,
     pub(crate) exp_avg_sq: Tensor,
@@ -236,6 +237,7 @@ impl AdamW {
     }
 
     /// Parts of the state, one for each stretch: see [`AdamW::state`].
+    #[cfg(feature = "distributed")]
     pub(crate) fn parts(&self) -> Vec<SlotState> {
         let state = |slot: &Slot| SlotState {
             exp_avg: slot.exp_avg.shallow_clone(),
