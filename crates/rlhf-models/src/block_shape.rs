@@ -1,6 +1,6 @@
 //! Every architecture in the numbers that decide what its training keeps in memory.
 
-use rlhf_scale::{BlockMemory, GenerationMemory, Precision, recorded};
+use rlhf_scale::{BlockMemory, GenerationMemory, Precision, kernels, recorded};
 
 use crate::memory_plan::AdapterMemory;
 use crate::{Activation, Gemma2Config, Gpt2Config, GptNeoxConfig, ModelConfig, TransformerConfig};
@@ -39,6 +39,8 @@ pub(crate) struct ModelShape {
     after_norms: bool,
     /// Whether each head's query and key have.
     head_norms: bool,
+    /// Whether it is trained on a CPU, where kernels of our own keep less.
+    pub(crate) on_cpu: bool,
 }
 
 /// How queries, keys and values are made.
@@ -174,10 +176,9 @@ impl ModelShape {
     ) -> BlockMemory {
         let bytes = bytes_of(precision);
         let (hidden, inner) = (self.hidden, self.intermediate);
-        let kernels = self.has_kernels(precision);
-        let at_once = kernels && !self.score_cap && (self.query / self.heads).is_multiple_of(16);
-        let head_norm = if kernels { bytes } else { 4 + bytes };
-        let head_norms = when(self.head_norms, head_norm * (self.query + self.key));
+        let single = self.has_single_passes(precision);
+        let at_once = self.attends_at_once(precision);
+        let head_norms = when(self.head_norms, self.head_norms_kept(precision));
         let rotated = match self.projection {
             Projection::FusedThenRotated => self.query + self.key,
             Projection::Fused | Projection::Separate => 0,
@@ -193,7 +194,7 @@ impl ModelShape {
             + head_norms
             + bytes * (self.query + 2 * self.key + rotated + attended)
             + when(!self.score_cap && !at_once, 4 * self.heads);
-        let feed_forward = match (self.gated, kernels && self.silu) {
+        let feed_forward = match (self.gated, single && self.silu) {
             (true, true) => 3 * inner,
             (true, false) => 4 * inner,
             (false, _) => 2 * inner,
@@ -245,7 +246,7 @@ impl ModelShape {
         let fed = fed.unwrap_or(tokens.count);
         let normalised = match self.norm {
             Norm::Layer => 0,
-            Norm::Rms if self.has_kernels(precision) => 0,
+            Norm::Rms if self.has_single_passes(precision) => 0,
             Norm::Rms => bytes,
             Norm::RmsAroundOne => 4,
         };
@@ -278,9 +279,36 @@ impl ModelShape {
         (kept, (6 + bytes) * self.heads * tokens.largest_call)
     }
 
-    /// Whether a block's norms, gates and attention have kernels that keep less.
-    fn has_kernels(&self, precision: Precision) -> bool {
-        precision == Precision::Bf16 && recorded::available()
+    /// Whether norms and gates are kernels that keep what they read, and nothing between.
+    fn has_single_passes(&self, precision: Precision) -> bool {
+        self.on_cpu
+            && match precision {
+                Precision::F32 => kernels::trains(),
+                Precision::Bf16 => recorded::available(),
+                Precision::F16 => false,
+            }
+    }
+
+    /// Whether the attention of all sequences is one kernel, which keeps queries, keys and values.
+    fn attends_at_once(&self, precision: Precision) -> bool {
+        precision == Precision::Bf16
+            && self.has_single_passes(precision)
+            && !self.score_cap
+            && (self.query / self.heads).is_multiple_of(16)
+    }
+
+    /// Bytes that a kernel's norm keeps of the root of each row: in bf16 it is computed again.
+    fn root_kept(&self, precision: Precision) -> u64 {
+        when(precision == Precision::F32, 4)
+    }
+
+    /// Bytes a token that norms of queries and keys keep.
+    fn head_norms_kept(&self, precision: Precision) -> u64 {
+        let (bytes, width) = (bytes_of(precision), self.query + self.key);
+        match self.has_single_passes(precision) {
+            true => bytes * width + self.root_kept(precision) * width * self.heads / self.query,
+            false => (4 + bytes) * width,
+        }
     }
 
     /// Bytes a token that a norm keeps, its input and output included.
@@ -288,7 +316,9 @@ impl ModelShape {
         let bytes = bytes_of(precision);
         match self.norm {
             Norm::Layer => bytes * (2 * self.hidden + 2),
-            Norm::Rms if self.has_kernels(precision) => 2 * bytes * self.hidden,
+            Norm::Rms if self.has_single_passes(precision) => {
+                2 * bytes * self.hidden + self.root_kept(precision)
+            }
             Norm::Rms => (4 + 2 * bytes) * self.hidden + 4,
             Norm::RmsAroundOne => (4 + 4 + bytes) * self.hidden + 4,
         }
@@ -300,7 +330,7 @@ impl ModelShape {
         let kept = tokens * self.norm_kept(precision) - output;
         match self.norm {
             Norm::Layer => (kept, 2 * output),
-            Norm::Rms if self.has_kernels(precision) => (kept, 2 * output),
+            Norm::Rms if self.has_single_passes(precision) => (kept, 2 * output),
             // In f32: the gradients of the two factors of x / rms(x), and their sum.
             Norm::Rms | Norm::RmsAroundOne => (kept, 4 * 4 * tokens * self.hidden),
         }
@@ -329,13 +359,25 @@ impl ModelShape {
             (false, Projection::Fused) => 4 * hidden + 2 * (self.query + self.key) + 2 * inner,
             (false, _) => 4 * hidden + 2 * inner,
         };
-        let first_pass = bytes * rows * prompt * row;
+        let first_pass = bytes * rows * prompt * row + self.packing(precision, rows * prompt);
         // 16-bit logits, theirs in f32, and what sampling makes of these.
         let logits = rows * self.vocab * (bytes + 4 + 4);
         GenerationMemory {
             kv_cache: 2 * bytes * self.layers * rows * self.key * (prompt + new),
             working: first_pass.max(logits),
         }
+    }
+
+    /// Buffers that products of `rows` rows in f32 copy their factors to: of the left one at most
+    /// 2,100 rows at a time, of the right one half of the cache of every thread.
+    fn packing(&self, precision: Precision, rows: u64) -> u64 {
+        if precision != Precision::F32 || !self.has_single_passes(precision) {
+            return 0;
+        }
+        let threads = u64::try_from(tch::get_num_threads()).unwrap_or(1);
+        let left = rows.min(2100).next_multiple_of(14) * self.intermediate;
+        let right = threads * (112 << 10).min(self.hidden * self.intermediate);
+        4 * (left + right)
     }
 }
 
@@ -381,6 +423,7 @@ fn gpt2(config: &Gpt2Config) -> ModelShape {
         norm: Norm::Layer,
         after_norms: false,
         head_norms: false,
+        on_cpu: true,
     }
 }
 
@@ -418,6 +461,7 @@ fn gpt_neox(config: &GptNeoxConfig) -> ModelShape {
         norm: Norm::Layer,
         after_norms: false,
         head_norms: false,
+        on_cpu: true,
     }
 }
 
@@ -472,6 +516,7 @@ fn pre_norm(
         norm: Norm::Rms,
         after_norms: false,
         head_norms: false,
+        on_cpu: true,
     }
 }
 

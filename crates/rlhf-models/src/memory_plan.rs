@@ -292,7 +292,8 @@ fn step(
     accumulates: bool,
     options: &MemoryOptions,
 ) -> StepMemory {
-    let shape = ModelShape::of(config);
+    let mut shape = ModelShape::of(config);
+    shape.on_cpu = options.device == Device::Cpu;
     let precision = options.precision;
     let bytes = precision.kind().elt_size_in_bytes() as u64;
     let tokens = Tokens::of(microbatch.iter().map(|&(p, r)| (p + r) as u64));

@@ -1,5 +1,6 @@
 //! The memory plan against what libtorch allocates, counted to the byte: no timing, no resident
-//! memory. It counts what libtorch's own operations keep; `kernels_memory.rs` has the others. `benches/memory_plan.rs` compares it with a process's peak.
+//! memory. `kernels_memory.rs` has what libtorch's own operations keep where there are kernels of ours.
+//! `benches/memory_plan.rs` compares the plan with a process's peak.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -18,9 +19,7 @@ use rlhf_models::{
     GptNeoxConfig, LlamaConfig, LoadOptions, LoraConfig, MemoryHead, MemoryOptions, MistralConfig,
     ModelConfig, Qwen2Config, Qwen3Config, SequenceClassifier, TransformerConfig, ValueHeadModel,
 };
-use rlhf_scale::{
-    EmaConfig, MemoryPlan, Precision, UpdateConfig, Updater, kernels, measure_memory,
-};
+use rlhf_scale::{EmaConfig, MemoryPlan, Precision, UpdateConfig, Updater, measure_memory};
 use tch::{Device, Kind, Tensor};
 
 const POLICIES: [CheckpointPolicy; 4] = [
@@ -172,7 +171,6 @@ fn off(predicted: u64, measured: u64, what: &str) -> Option<String> {
 
 #[test]
 fn the_peak_of_an_update_is_as_predicted() {
-    kernels::set_training(false);
     let mut wrong = Vec::new();
     for (name, config) in configs() {
         for precision in [Precision::F32, Precision::Bf16] {
@@ -230,7 +228,6 @@ fn measured_by(
 /// SFT, a critic, a reward model, and adapters.
 #[test]
 fn other_losses_and_adapters_are_as_predicted() {
-    kernels::set_training(false);
     let mut wrong = Vec::new();
     for (name, config) in configs() {
         for precision in [Precision::F32, Precision::Bf16] {
@@ -300,7 +297,6 @@ fn other_losses_and_adapters_are_as_predicted() {
 /// Every tensor that autograd keeps is in the table: what is predicted of it is right to a hundredth.
 #[test]
 fn what_is_kept_for_backward_is_as_predicted() {
-    kernels::set_training(false);
     let mut wrong = Vec::new();
     for (name, config) in configs() {
         for precision in [Precision::F32, Precision::Bf16] {
@@ -374,7 +370,6 @@ fn weights_are_counted_as_the_model_has_them() {
 
 #[test]
 fn generation_holds_its_keys_and_values() {
-    kernels::set_training(false);
     for (name, config) in configs() {
         let model = CausalLm::new(config, 1, Device::Cpu, Kind::Float).unwrap();
         let options = MemoryOptions {

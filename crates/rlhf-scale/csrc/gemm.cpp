@@ -169,4 +169,12 @@ void rlhf_want_kernels(int wanted) {
 #endif
 }
 
+bool rlhf_trains_f32() {
+#ifdef RLHF_KERNELS
+  return rlhf::wanted() && rlhf::wide();
+#else
+  return false;
+#endif
+}
+
 }  // extern "C"

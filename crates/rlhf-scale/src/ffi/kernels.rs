@@ -38,6 +38,7 @@ unsafe extern "C" {
         results: *mut Raw,
     ) -> Message;
     fn rlhf_want_kernels(wanted: c_int);
+    fn rlhf_trains_f32() -> bool;
     fn rlhf_multiply_into(out: Raw, a: Raw, b: Raw, add: c_int, done: *mut c_int) -> Message;
     fn rlhf_trained_rms_norm(x: Raw, weight: Raw, epsilon: f64, result: *mut Raw) -> Message;
     fn rlhf_trained_rotate(x: Raw, cos: Raw, sin: Raw, result: *mut Raw) -> Message;
@@ -61,10 +62,17 @@ unsafe extern "C" {
 
 /// Whether the kernels of training, and the products of many rows, run where they apply, as they do
 /// unless told otherwise: in the whole process. Without them libtorch's operations compute the same
-/// up to rounding, and keep more for backward, which is what a memory plan counts.
+/// up to rounding, and keep more for backward.
 pub fn set_training(enabled: bool) {
     // SAFETY: sets a flag.
     unsafe { rlhf_want_kernels(c_int::from(enabled)) }
+}
+
+/// Whether the kernels of training in f32 run on this processor, and are
+/// [wanted](set_training).
+pub fn trains() -> bool {
+    // SAFETY: asks the processor, and reads a flag.
+    unsafe { rlhf_trains_f32() }
 }
 
 /// An affine map: `x weightᵀ + bias`. Sums are f32, rounded once for bf16. With gradients where
