@@ -38,23 +38,24 @@ inline uint32_t dither(uint32_t i) {
     uint32_t bits;                                                                              \
     memcpy(&bits, from + i, 4);                                                                 \
     bool special = (bits & 0x7f800000u) == 0x7f800000u;                                         \
-    uint32_t more = special ? ((bits & 0x007fffffu) ? 0x00400000u : 0u) : dither(static_cast<uint32_t>(i)); \
+    uint32_t more = special ? ((bits & 0x007fffffu) ? 0x00400000u : 0u) : dither(static_cast<uint32_t>(first + i)); \
     to[i] = static_cast<uint16_t>((special ? bits | more : bits + more) >> 16);                 \
   }
 
-void round_plain(const float* from, uint16_t* to, int64_t begin, int64_t end) { ROUND_BODY }
+void round_plain(const float* from, uint16_t* to, int64_t first, int64_t begin, int64_t end) { ROUND_BODY }
 #ifdef RLHF_KERNELS
-WIDE void round_wide(const float* from, uint16_t* to, int64_t begin, int64_t end) { ROUND_BODY }
+WIDE void round_wide(const float* from, uint16_t* to, int64_t first, int64_t begin, int64_t end) { ROUND_BODY }
 #endif
 
-void round(const float* from, uint16_t* to, int64_t count) {
+// `first` is the place of the first element in its parameter.
+void round(const float* from, uint16_t* to, int64_t first, int64_t count) {
 #ifdef RLHF_KERNELS
   if (rlhf::wide()) {
-    rlhf::split(count, 65536, [&](int64_t begin, int64_t end) { round_wide(from, to, begin, end); });
+    rlhf::split(count, 65536, [&](int64_t begin, int64_t end) { round_wide(from, to, first, begin, end); });
     return;
   }
 #endif
-  round_plain(from, to, 0, count);
+  round_plain(from, to, first, 0, count);
 }
 
 bool rounds(const Tensor& target, const Tensor& source) {
@@ -141,8 +142,8 @@ char* rlhf_copy_all(Tensor* const* targets, Tensor* const* sources, size_t count
 }
 
 // Makes 16-bit parameters from their masters. On the CPU a bf16 one is rounded up or down by a share that is each
-// element's own, and the same at every step.
-char* rlhf_round_all(Tensor* const* targets, Tensor* const* sources, size_t count) {
+// element's own, and the same at every step. `places[i]` is where targets[i] begins in its parameter.
+char* rlhf_round_all(Tensor* const* targets, Tensor* const* sources, const int64_t* places, size_t count) {
   return guarded([&] {
     at::NoGradGuard no_grad;
     std::vector<Tensor> other_targets, other_sources;
@@ -151,7 +152,7 @@ char* rlhf_round_all(Tensor* const* targets, Tensor* const* sources, size_t coun
         // As any change in place does: a saved tensor that changed is noticed in backward.
         targets[i]->unsafeGetTensorImpl()->bump_version();
         round(static_cast<const float*>(sources[i]->data_ptr()), static_cast<uint16_t*>(targets[i]->data_ptr()),
-              targets[i]->numel());
+              places[i], targets[i]->numel());
       } else {
         other_targets.push_back(*targets[i]);
         other_sources.push_back(*sources[i]);

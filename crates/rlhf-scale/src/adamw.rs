@@ -50,6 +50,8 @@ struct Slot {
     /// What the kernel updates: the parameter itself, or its f32 master copy.
     weight: Tensor,
     has_master: bool,
+    /// Where `weight` begins in the parameter.
+    place: i64,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     step: Tensor,
@@ -155,7 +157,7 @@ impl AdamW {
         }
         let mut calls: Vec<FusedAdamW<'_>> = Vec::new();
         calls.resize_with(self.groups.len(), FusedAdamW::default);
-        let (mut params, mut masters) = (Vec::new(), Vec::new());
+        let (mut params, mut masters, mut places) = (Vec::new(), Vec::new(), Vec::new());
         for (slot, grad) in self.slots.iter().zip(&grads) {
             let Some(grad) = grad else { continue };
             let call = &mut calls[slot.group];
@@ -167,6 +169,7 @@ impl AdamW {
             if slot.has_master {
                 params.push(&slot.param);
                 masters.push(&slot.weight);
+                places.push(slot.place);
             }
         }
         for (call, group) in calls.iter().zip(&self.groups) {
@@ -175,7 +178,7 @@ impl AdamW {
             }
         }
         if !params.is_empty() {
-            ffi::round_all(&params, &masters)?;
+            ffi::round_all(&params, &masters, &places)?;
         }
         Ok(())
     }
@@ -271,17 +274,17 @@ impl AdamW {
                 strides: param.stride(),
             });
         }
-        let (param, detached) = match stretch {
+        let (param, detached, place) = match stretch {
             None => return Ok(()),
             Some(Stretch::Whole) => {
                 let detached = param.f_detach()?;
-                (param, detached)
+                (param, detached, 0)
             }
             Some(Stretch::Part { from, length }) => {
                 let row = param.f_detach()?;
                 let row = row.f_as_strided([row.numel() as i64], [1], None)?;
                 let part = row.f_narrow(0, from, length)?;
-                (part.shallow_clone(), part)
+                (part.shallow_clone(), part, from)
             }
         };
         let weight = match has_master {
@@ -312,6 +315,7 @@ impl AdamW {
             param,
             weight,
             has_master,
+            place,
             exp_avg,
             group: index,
         });
@@ -338,5 +342,59 @@ impl Slot {
         let mut laid_out = self.weight.f_empty_like()?;
         laid_out.f_copy_(&grad)?;
         Ok(laid_out)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// Which neighbour a bf16 weight is rounded to depends on its place in the parameter, not on
+    /// the part that is stepped.
+    #[test]
+    fn parts_are_rounded_as_the_whole() {
+        let param = || {
+            let weights = Tensor::arange(1000, (Kind::Float, Device::Cpu)) * 0.01 - 3.0;
+            weights.to_kind(Kind::BFloat16).set_requires_grad(true)
+        };
+        let grads = Tensor::arange(1000, (Kind::Float, Device::Cpu)).sin();
+        let stepped = |param: Tensor, stretches: &[Stretch]| {
+            let mut optimizers: Vec<(AdamW, Tensor)> = stretches
+                .iter()
+                .map(|&stretch| {
+                    let named = vec![("w".to_string(), param.shallow_clone())];
+                    let config = AdamWConfig::default();
+                    let of = |_| Some(stretch);
+                    let optimizer = AdamW::of_stretches(named, &config, of).unwrap();
+                    let own = match stretch {
+                        Stretch::Whole => grads.shallow_clone(),
+                        Stretch::Part { from, length } => grads.narrow(0, from, length),
+                    };
+                    (optimizer, own)
+                })
+                .collect();
+            for _ in 0..3 {
+                for (optimizer, own) in &mut optimizers {
+                    optimizer
+                        .step_with(&[Some(own.shallow_clone())], 1.0)
+                        .unwrap();
+                }
+            }
+            param.detach()
+        };
+        let whole = stepped(param(), &[Stretch::Whole]);
+        let parts = [
+            Stretch::Part {
+                from: 0,
+                length: 333,
+            },
+            Stretch::Part {
+                from: 333,
+                length: 667,
+            },
+        ];
+        assert!(stepped(param(), &parts).equal(&whole));
+        assert!(!whole.equal(&param()));
     }
 }

@@ -44,7 +44,12 @@ unsafe extern "C" {
         eps: f64,
     ) -> Message;
     fn rlhf_copy_all(targets: *const Raw, sources: *const Raw, count: usize) -> Message;
-    fn rlhf_round_all(targets: *const Raw, sources: *const Raw, count: usize) -> Message;
+    fn rlhf_round_all(
+        targets: *const Raw,
+        sources: *const Raw,
+        places: *const i64,
+        count: usize,
+    ) -> Message;
     fn rlhf_norm(tensors: *const Raw, count: usize, order: f64, result: *mut Raw) -> Message;
     fn rlhf_scale_all(tensors: *const Raw, count: usize, factor: f64) -> Message;
     fn rlhf_set_grad(param: Raw, grad: Raw) -> Message;
@@ -120,15 +125,17 @@ pub(crate) fn copy_all(targets: &[&Tensor], sources: &[&Tensor]) -> Result<()> {
     })
 }
 
-/// `targets[i]` from its master `sources[i]`, rounded as [`AdamW`](crate::AdamW) says.
-pub(crate) fn round_all(targets: &[&Tensor], sources: &[&Tensor]) -> Result<()> {
-    debug_assert_eq!(targets.len(), sources.len());
-    let count = targets.len().min(sources.len());
-    // SAFETY: live tensors, `count` of each; the shim looks at sizes and strides.
+/// `targets[i]` from its master `sources[i]`, rounded as [`AdamW`](crate::AdamW) says; `places[i]` is
+/// where it begins in its parameter.
+pub(crate) fn round_all(targets: &[&Tensor], sources: &[&Tensor], places: &[i64]) -> Result<()> {
+    debug_assert!(targets.len() == sources.len() && targets.len() == places.len());
+    let count = targets.len().min(sources.len()).min(places.len());
+    // SAFETY: live tensors, `count` of each, and as many places; the shim looks at sizes and strides.
     check(unsafe {
         rlhf_round_all(
             raw_list(targets).as_ptr(),
             raw_list(sources).as_ptr(),
+            places.as_ptr(),
             count,
         )
     })
