@@ -69,18 +69,26 @@ pub(crate) fn serve(work: &Work) -> Result<()> {
         versions: format!("rlhf {}", env!("CARGO_PKG_VERSION")),
     })?;
     let mut step = 0;
+    // Of the steps and of what came before them, not of what measures rates in between.
+    let mut peak = 0f64;
     for line in std::io::stdin().lock().lines() {
         match line?.as_str() {
-            "gemm" => say(&Line::Gemm {
-                flops_per_s: roofline::gemm_rate(
-                    prepared.costs[step.max(1) - 1],
-                    work.dtype.kind(),
-                ),
-                bytes_per_s: roofline::bandwidth(),
-            })?,
+            "gemm" => {
+                say(&Line::Gemm {
+                    flops_per_s: roofline::gemm_rate(
+                        prepared.costs[step.max(1) - 1],
+                        work.dtype.kind(),
+                    ),
+                    bytes_per_s: roofline::bandwidth(),
+                })?;
+                forget_peak()?;
+            }
             "step" => {
                 let start = Instant::now();
-                (prepared.step)(step)?;
+                let (r, used) = rlhf::scale::measure_memory(|| (prepared.step)(step))?;
+                r?;
+                eprintln!("METER {used:?}");
+                peak = peak.max(peak_mb()?);
                 let Tokens { tokens, id_sum } = prepared.tokens[step];
                 say(&Line::Step {
                     seconds: start.elapsed().as_secs_f64(),
@@ -94,15 +102,18 @@ pub(crate) fn serve(work: &Work) -> Result<()> {
             line => return Err(format!("no such command: {line}").into()),
         }
     }
-    say(&Line::Done {
-        peak_mb: peak_mb()?,
-    })
+    say(&Line::Done { peak_mb: peak })
 }
 
 fn say(line: &Line) -> Result<()> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{MARK}{}", serde_json::to_string(line)?)?;
     Ok(out.flush()?)
+}
+
+/// Makes what is resident now the most so far.
+fn forget_peak() -> Result<()> {
+    Ok(std::fs::write("/proc/self/clear_refs", "5")?)
 }
 
 /// Most resident memory so far.

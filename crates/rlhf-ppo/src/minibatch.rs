@@ -1,8 +1,11 @@
 //! The joined loss of policy and critics.
 
+use std::ops::Range;
+
 use rlhf_core::{Error as CoreError, LogprobOptions, Policy, Replicas, ValueModel, masked_sum};
 use tch::{Kind, Tensor};
 
+use crate::critic::logprobs;
 use crate::rollout::{Microbatch, Targets};
 use crate::{
     Critic, Guarded, KlPlacement, PolicyLossInput, PpoConfig, Result, ValueLoss, ValueLossInput,
@@ -68,7 +71,7 @@ impl Counts {
     }
 }
 
-/// A microbatch's share of the minibatch's loss, and of its statistics.
+/// What a model's part of a microbatch adds to the minibatch's loss, and to its statistics.
 pub(crate) struct MicrobatchLoss {
     pub(crate) loss: Tensor,
     /// `[PARTS]` f64, detached, still on the device: see [`Parts`].
@@ -95,6 +98,40 @@ pub(crate) struct Parts {
 }
 
 const PARTS: usize = 13;
+
+/// Places in a row of statistics, in the order of [`Parts`].
+#[derive(Clone, Copy)]
+enum Part {
+    Loss,
+    PolicyLoss,
+    ValueLoss,
+    CostValueLoss,
+    KlLoss,
+    Moved,
+    ApproxKl,
+    Clipfrac,
+    DualClipfrac,
+    ValueClipfrac,
+    Ratio,
+    RatioDeviation,
+    Entropy,
+}
+
+impl MicrobatchLoss {
+    /// What is not among `parts` is 0.
+    fn new(loss: Tensor, parts: &[(Part, &Tensor)]) -> Result<Self> {
+        let nothing = Tensor::f_zeros([], (Kind::Double, loss.device()))?;
+        let mut row = [(); PARTS].map(|()| nothing.shallow_clone());
+        for &(part, value) in [(Part::Loss, &loss)].iter().chain(parts) {
+            let value = value.f_detach()?.f_to_device(loss.device())?;
+            row[part as usize] = value.f_to_kind(Kind::Double)?;
+        }
+        Ok(Self {
+            parts: Tensor::f_stack(&row, 0)?,
+            loss,
+        })
+    }
+}
 
 impl Parts {
     /// Adds up what the microbatches of all processes contributed; waits for the device.
@@ -160,22 +197,89 @@ pub(crate) struct Learners<'a, P: ?Sized, V: ?Sized> {
 }
 
 impl<P: Policy, V: Critic<P>> Learners<'_, P, V> {
-    pub(crate) fn loss(&self, microbatch: &Microbatch, counts: Counts) -> Result<MicrobatchLoss> {
+    /// The losses of a microbatch, by graphs: the policy's, with that of a critic on its trunk, and
+    /// that of every other critic. One graph is done with before the next begins, so that there are the
+    /// activations of one model at a time. All are one where a model is not trained, and has none.
+    pub(crate) fn graphs(&self) -> Vec<Range<usize>> {
+        let critic = (!self.critic.shares_trunk()).then(|| self.critic.named_parameters());
+        let others = self.cost_critics.iter().map(|c| c.named_parameters());
+        let trained: Vec<bool> = std::iter::once(self.policy.named_parameters())
+            .chain(critic)
+            .chain(others)
+            .map(|parameters| !parameters.is_empty())
+            .collect();
+        match trained.contains(&false) {
+            true => vec![0..trained.len()],
+            false => (0..trained.len()).map(|model| model..model + 1).collect(),
+        }
+    }
+
+    /// The loss of one of the [`graphs`](Self::graphs) of a microbatch.
+    pub(crate) fn loss(
+        &self,
+        microbatch: &Microbatch,
+        graph: Range<usize>,
+        counts: Counts,
+    ) -> Result<MicrobatchLoss> {
+        let mut sum = self.loss_of(microbatch, graph.start, counts)?;
+        for model in graph.start + 1..graph.end {
+            let more = self.loss_of(microbatch, model, counts)?;
+            let device = sum.loss.device();
+            sum.loss = sum.loss + more.loss.to_device(device);
+            sum.parts = sum.parts + more.parts.to_device(device);
+        }
+        Ok(sum)
+    }
+
+    fn loss_of(
+        &self,
+        microbatch: &Microbatch,
+        model: usize,
+        counts: Counts,
+    ) -> Result<MicrobatchLoss> {
+        let first_cost = 1 + usize::from(!self.critic.shares_trunk());
+        if model == 0 {
+            return self.policy_loss(microbatch, counts);
+        }
+        if model < first_cost {
+            let values = self.critic.values_with(self.policy, &microbatch.batch)?;
+            let part = self.value_loss(&values, &microbatch.values, microbatch, counts)?;
+            let parts = [
+                (Part::ValueLoss, &part.loss),
+                (Part::ValueClipfrac, &part.clipfrac),
+            ];
+            return MicrobatchLoss::new(&part.loss * self.config.vf_coef, &parts);
+        }
+        let cost = model - first_cost;
+        let values = self.cost_critics[cost].values(&microbatch.batch)?;
+        let part = self.value_loss(&values, &microbatch.costs[cost], microbatch, counts)?;
+        let parts = [(Part::CostValueLoss, &part.loss)];
+        MicrobatchLoss::new(&part.loss * self.config.vf_coef, &parts)
+    }
+
+    /// The policy's, with that of a critic on its trunk.
+    fn policy_loss(&self, microbatch: &Microbatch, counts: Counts) -> Result<MicrobatchLoss> {
         let config = self.config;
         let options = LogprobOptions {
             temperature: config.temperature(),
             entropy: true,
         };
         let (batch, kept) = (&microbatch.batch, microbatch.kept.as_deref());
-        let (new, values) = self
-            .critic
-            .scores_with(self.policy, batch, kept, &options)?;
+        let (new, values) = match self.critic.shares_trunk() {
+            true => {
+                let (new, values) = self
+                    .critic
+                    .scores_with(self.policy, batch, kept, &options)?;
+                (new, Some(values))
+            }
+            false => (logprobs(self.policy, batch, kept, &options)?, None),
+        };
 
         let device = new.logprobs.device();
         let on_device = |t: &Tensor| t.to_device(device);
         let mask = on_device(&microbatch.mask);
         let old_logprobs = on_device(&microbatch.old_logprobs);
-        let policy_part = policy_loss(&PolicyLossInput {
+        let of_policy = policy_loss(&PolicyLossInput {
             logprobs: &new.logprobs,
             old_logprobs: &old_logprobs,
             advantages: &on_device(&microbatch.advantages),
@@ -184,60 +288,53 @@ impl<P: Policy, V: Critic<P>> Learners<'_, P, V> {
             clip: config.clip(),
             tokens: counts.tokens,
         })?;
-        let value_part = self.value_loss(&values, &microbatch.values, microbatch, counts)?;
         let entropy = new.entropy.ok_or(CoreError::Empty {
             what: "TokenLogprobs::entropy",
             help: "a policy returns it where LogprobOptions::entropy asks for it",
         })?;
         let entropy = masked_sum(&entropy, &mask) / counts.tokens;
-
-        let mut loss = &policy_part.loss + value_part.loss.to_device(device) * config.vf_coef;
-        if config.entropy_coef > 0.0 {
-            loss -= &entropy * config.entropy_coef;
-        }
-        let nothing = policy_part.loss.detach().zeros_like();
-        let mut kl_loss = nothing.shallow_clone();
-        if config.kl_placement == KlPlacement::Loss {
-            let kl = config.kl_of(&new.logprobs, &on_device(&microbatch.ref_logprobs));
-            kl_loss = masked_sum(&kl, &mask) / counts.tokens;
-            loss += &kl_loss * self.kl_coef;
-        }
-        let mut cost_value_loss = nothing.copy();
-        for (critic, targets) in self.cost_critics.iter().zip(&microbatch.costs) {
-            let values = critic.values(batch)?;
-            let part = self.value_loss(&values, targets, microbatch, counts)?;
-            let part = part.loss.to_device(device);
-            loss += &part * config.vf_coef;
-            cost_value_loss += part.detach();
-        }
-        let moved = match &config.guards.kl {
-            Some(guard) => {
-                let _no_grad = tch::no_grad_guard();
-                let kl = guard.estimator.estimate(&old_logprobs, &new.logprobs);
-                masked_sum(&kl, &mask) / counts.tokens
-            }
-            None => nothing,
-        };
-        let parts: [&Tensor; PARTS] = [
-            &loss,
-            &policy_part.loss,
-            &value_part.loss,
-            &cost_value_loss,
-            &kl_loss,
-            &moved,
-            &policy_part.approx_kl,
-            &policy_part.clipfrac,
-            &policy_part.dual_clipfrac,
-            &value_part.clipfrac,
-            &policy_part.ratio,
-            &policy_part.ratio_deviation,
-            &entropy,
+        let mut parts = vec![
+            (Part::PolicyLoss, &of_policy.loss),
+            (Part::ApproxKl, &of_policy.approx_kl),
+            (Part::Clipfrac, &of_policy.clipfrac),
+            (Part::DualClipfrac, &of_policy.dual_clipfrac),
+            (Part::Ratio, &of_policy.ratio),
+            (Part::RatioDeviation, &of_policy.ratio_deviation),
+            (Part::Entropy, &entropy),
         ];
-        let parts = parts.map(|t| t.detach().to_device(device).to_kind(Kind::Double));
-        Ok(MicrobatchLoss {
-            parts: Tensor::stack(&parts, 0),
-            loss,
-        })
+
+        let mut loss = of_policy.loss.shallow_clone();
+        let of_values = match &values {
+            Some(values) => {
+                Some(self.value_loss(values, &microbatch.values, microbatch, counts)?)
+            }
+            None => None,
+        };
+        if let Some(of_values) = &of_values {
+            loss = loss + of_values.loss.to_device(device) * config.vf_coef;
+            parts.push((Part::ValueLoss, &of_values.loss));
+            parts.push((Part::ValueClipfrac, &of_values.clipfrac));
+        }
+        if config.entropy_coef > 0.0 {
+            loss = loss - &entropy * config.entropy_coef;
+        }
+        let kl_loss = (config.kl_placement == KlPlacement::Loss).then(|| {
+            let kl = config.kl_of(&new.logprobs, &on_device(&microbatch.ref_logprobs));
+            masked_sum(&kl, &mask) / counts.tokens
+        });
+        if let Some(kl_loss) = &kl_loss {
+            loss = loss + kl_loss * self.kl_coef;
+            parts.push((Part::KlLoss, kl_loss));
+        }
+        let moved = config.guards.kl.as_ref().map(|guard| {
+            let _no_grad = tch::no_grad_guard();
+            let kl = guard.estimator.estimate(&old_logprobs, &new.logprobs);
+            masked_sum(&kl, &mask) / counts.tokens
+        });
+        if let Some(moved) = &moved {
+            parts.push((Part::Moved, moved));
+        }
+        MicrobatchLoss::new(loss, &parts)
     }
 
     fn value_loss(

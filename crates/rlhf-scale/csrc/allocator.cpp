@@ -1,8 +1,13 @@
-// An allocator of libtorch's CPU tensors that keeps the memory of large ones for the next.
+// An allocator of libtorch's CPU tensors that keeps the memory of all but small ones for the next.
 //
-// malloc gives blocks of this size back to the system when they are freed, and the system clears every page
-// of them when they are asked for again: of a training step on the CPU that is a fifth. Here they are cut from
-// segments that stay, in pages of 2 MiB where the system has such. Small tensors are libtorch's own business.
+// malloc gives large blocks back to the system when they are freed, and the system clears every page of them
+// when they are asked for again: of a training step on the CPU that is a fifth. Blocks of some hundred KiB it
+// keeps, and between weights that stay and activations of other sizes at every step its heap is soon half
+// holes. Here both are cut from segments that stay, in pages of 2 MiB where the system has such. Small
+// tensors are libtorch's own business.
+//
+// Holes come about here as well. So there is a bound to what is resident: as much as tensors have needed at
+// some time, and a little. Where a tensor gets pages beyond it, others that are free go back to the system.
 #include "guard.h"
 
 #include <c10/core/Allocator.h>
@@ -15,13 +20,15 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <vector>
 
 namespace {
 
-constexpr size_t kSmallest = 1 << 20;   // of what is cut from segments
-constexpr size_t kUnit = 64 << 10;      // sizes of blocks are multiples of it
+constexpr size_t kSmallest = 64 << 10;  // of what is cut from segments
+constexpr size_t kUnit = 16 << 10;      // sizes of blocks are multiples of it
 constexpr size_t kPage = 2 << 20;       // a huge page
 constexpr size_t kSegment = 128 << 20;  // the smallest segment
+constexpr size_t kSpare = 32 << 20;     // of free pages, at least so much stays
 
 constexpr size_t up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -36,8 +43,8 @@ class Segments {
     auto found = free_.lower_bound({bytes, nullptr});
     if (found == free_.end()) {
       // Segments that are wholly unused did not fit. They stay for others while all together are no more than
-      // tensors have needed at some time, and a quarter.
-      if (mapped_ + bytes > most + most / 4) release_unused();
+      // twice what tensors have needed at some time: addresses, most of them without memory behind.
+      if (mapped_ + bytes > 2 * most) release_unused();
       if (!grow(std::max(up(bytes, kPage), kSegment)) && !(release_unused(), grow(up(bytes, kPage)))) {
         return nullptr;
       }
@@ -54,6 +61,7 @@ class Segments {
       free_.insert({block.bytes - bytes, start + bytes});
       block.bytes = bytes;
     }
+    make_resident(start, block);
     return start;
   }
 
@@ -86,6 +94,8 @@ class Segments {
   void release() {
     std::lock_guard<std::mutex> lock(mutex_);
     release_unused();
+    give_up_pages(resident_);
+    most_ = used_;
   }
 
  private:
@@ -93,6 +103,11 @@ class Segments {
     size_t bytes;
     char* segment;
     bool free;
+  };
+
+  struct Segment {
+    size_t bytes;
+    std::vector<bool> resident;  // for each page
   };
 
   // Whether one is free and lies, in the same segment, beside the other, which is being freed.
@@ -111,19 +126,55 @@ class Segments {
     madvise(start, bytes, MADV_HUGEPAGE);
     blocks_[start] = Block{bytes, start, true};
     free_.insert({bytes, start});
-    segments_[start] = bytes;
+    segments_[start] = Segment{bytes, std::vector<bool>(bytes / kPage)};
     mapped_ += bytes;
     return true;
+  }
+
+  // The pages of a block that has been taken are there as soon as it is written to. Where that is more than is
+  // to stay, as many others go, of blocks that are free.
+  void make_resident(char* start, const Block& block) {
+    auto& resident = segments_.at(block.segment).resident;
+    size_t first = (start - block.segment) / kPage, end = up(start + block.bytes - block.segment, kPage) / kPage;
+    for (size_t page = first; page < end; page++) {
+      if (resident[page]) continue;
+      resident[page] = true;
+      resident_ += kPage;
+    }
+    size_t limit = most_ + std::max(most_ / 64, kSpare);
+    if (resident_ > limit) give_up_pages(resident_ - limit);
+  }
+
+  // Of the largest free blocks first: they have the most whole pages.
+  void give_up_pages(size_t bytes) {
+    size_t aim = resident_ - std::min(bytes, resident_);
+    for (auto block = free_.rbegin(); block != free_.rend() && block->first >= kPage && resident_ > aim; ++block) {
+      char* segment = blocks_.at(block->second).segment;
+      auto& resident = segments_.at(segment).resident;
+      size_t page = up(block->second - segment, kPage) / kPage;
+      size_t end = (block->second + block->first - segment) / kPage;
+      while (page < end && resident_ > aim) {
+        size_t first = page;
+        for (; page < end && resident[page] && resident_ > aim; page++) {
+          resident[page] = false;
+          resident_ -= kPage;
+        }
+        if (page > first) madvise(segment + first * kPage, (page - first) * kPage, MADV_DONTNEED);
+        else page++;
+      }
+    }
   }
 
   void release_unused() {
     for (auto segment = segments_.begin(); segment != segments_.end();) {
       auto block = blocks_.find(segment->first);
-      if (block->second.free && block->second.bytes == segment->second) {
-        free_.erase({segment->second, segment->first});
+      auto& [bytes, resident] = segment->second;
+      if (block->second.free && block->second.bytes == bytes) {
+        free_.erase({bytes, segment->first});
         blocks_.erase(block);
-        munmap(segment->first, segment->second);
-        mapped_ -= segment->second;
+        munmap(segment->first, bytes);
+        mapped_ -= bytes;
+        resident_ -= kPage * std::count(resident.begin(), resident.end(), true);
         segment = segments_.erase(segment);
       } else {
         ++segment;
@@ -134,8 +185,8 @@ class Segments {
   std::mutex mutex_;
   std::map<char*, Block> blocks_;
   std::set<std::pair<size_t, char*>> free_;  // the smallest that fits comes first
-  std::map<char*, size_t> segments_;
-  size_t mapped_ = 0, used_ = 0, most_ = 0;
+  std::map<char*, Segment> segments_;
+  size_t mapped_ = 0, resident_ = 0, used_ = 0, most_ = 0;
 };
 
 // Never destroyed: tensors of other statics may outlive it.

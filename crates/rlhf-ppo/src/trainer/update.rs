@@ -155,15 +155,16 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
         let mut ptx = PtxSum::default();
         // Of all processes.
         let mut sum = Parts::default();
-        let all = microbatches.len() + texts.map_or(0, |texts| texts.parts.len());
-        let loss = |i| -> Result<Tensor, Halt> {
-            let Some(microbatch) = microbatches.get(i) else {
-                let part =
-                    texts.and_then(|texts| Some((texts, texts.parts.get(i - microbatches.len())?)));
+        let graphs = learners.graphs();
+        let own = graphs.len() * microbatches.len();
+        let all = own + texts.map_or(0, |texts| texts.parts.len());
+        let loss = |i: usize| -> Result<Tensor, Halt> {
+            let Some(microbatch) = microbatches.get(i / graphs.len()) else {
+                let part = texts.and_then(|texts| Some((texts, texts.parts.get(i - own)?)));
                 let (texts, part) = part.ok_or(Halt::Error(no_microbatch()))?;
                 return Ok(ptx.add(&self.policy, texts, part)?);
             };
-            let out = learners.loss(microbatch, counts)?;
+            let out = learners.loss(microbatch, graphs[i % graphs.len()].clone(), counts)?;
             parts.borrow_mut().push(out.parts);
             Ok(out.loss)
         };

@@ -1,4 +1,4 @@
-//! Memory of large tensors, kept for the next ones.
+//! Memory of all but small tensors, kept for the next ones.
 
 use std::sync::Once;
 
@@ -10,13 +10,15 @@ unsafe extern "C" {
     fn rlhf_release_memory() -> Message;
 }
 
-/// Lets libtorch's CPU tensors of a MiB or more take memory that earlier ones have left, from now
+/// Lets libtorch's CPU tensors of 64 KiB or more take memory that earlier ones have left, from now
 /// on and in the whole process; Linux only.
 ///
-/// malloc gives blocks of that size back to the system, which clears each of their pages when it
-/// hands them out again. A step of training makes and frees the same tensors every time, and spends
-/// a fifth of its time on that. What is kept is at most what was in use at some time, apart from
-/// gaps that no later tensor fits in, as on a GPU; [`release_memory`] gives back what is unused.
+/// malloc gives large blocks back to the system, which clears each of their pages when it hands them
+/// out again. A step of training makes and frees the same tensors every time, and spends a fifth of
+/// its time on that; and what malloc keeps, blocks below a MiB or so, is soon full of holes. What is
+/// kept here is at most what was in use at some time, and a sixty-fourth part of it or 32 MiB more:
+/// beyond that, free pages go back to the system. [`release_memory`] gives back all that
+/// is unused.
 ///
 /// The models of `rlhf-models` call this when the first is built. The environment variable
 /// `RLHF_CPU_ALLOCATOR=system` leaves everything to malloc.
@@ -36,7 +38,8 @@ pub fn reuse_memory() -> Result<()> {
     result
 }
 
-/// Gives the memory that [`reuse_memory`] keeps and no tensor uses back to the system.
+/// Gives the memory that [`reuse_memory`] keeps and no tensor uses back to the system. What tensors
+/// need from now on bounds what is kept.
 ///
 /// # Errors
 /// None in practice; C++ exceptions.
