@@ -8,6 +8,8 @@ thing written is DIR/READY, so a folder without it is made again.
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 import venv
 from pathlib import Path
 
@@ -23,9 +25,19 @@ def main(target):
             sys.exit(f"{target} exists and is no virtual environment: name another folder")
         shutil.rmtree(target)
     venv.create(target, with_pip=True)
-    pip = [target / "bin" / "python", "-m", "pip", "install", "--quiet", "--retries", "1"]
-    subprocess.run([*pip, "--extra-index-url", CPU_INDEX, "-r", HERE / "requirements.txt"], check=True)
+    pip = [target / "bin" / "python", "-m", "pip", "install", "--quiet"]
+    # pip asks an index that it cannot reach again for every package, and warns of each.
+    index = ["--extra-index-url", CPU_INDEX] if within_reach(CPU_INDEX) else []
+    subprocess.run([*pip, *index, "-r", HERE / "requirements.txt"], check=True)
     (target / "READY").touch()
+
+
+def within_reach(url):
+    try:
+        with urllib.request.urlopen(url + "/", timeout=10):
+            return True
+    except (urllib.error.URLError, TimeoutError):
+        return False
 
 
 if __name__ == "__main__":
