@@ -41,7 +41,7 @@ struct Options {
     /// Kind that ours computes in; the peer trains f32 weights under bf16 autocast for the latter.
     #[arg(long, default_value = "float32")]
     dtype: Dtype,
-    /// Prompts a step.
+    /// Prompts a step, comparisons where a task learns from those, and of `grpo` answers.
     #[arg(long, default_value_t = 8)]
     batch: usize,
     /// Items that ours computes at a time, its update being that of the whole batch; the batch if not
@@ -123,6 +123,17 @@ struct Work {
     threads: i32,
     model: PathBuf,
     pairs: PathBuf,
+}
+
+impl Task {
+    /// What `--batch` counts.
+    fn items(self) -> &'static str {
+        match self {
+            Self::Grpo => "answers",
+            Self::Dpo | Self::DpoCached | Self::Reward => "comparisons",
+            _ => "prompts",
+        }
+    }
 }
 
 impl Work {

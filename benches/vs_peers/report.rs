@@ -57,9 +57,10 @@ pub(crate) fn print(work: &Work, figures: &Figures) -> Result<()> {
     };
     let task = serde_json::to_value(work.task)?;
     println!(
-        "{}, {dtype}, {} prompts a step, {} threads, {}\n",
+        "{}, {dtype}, {} {} a step, {} threads, {}\n",
         task.as_str().unwrap_or_default(),
         work.batch,
+        work.task.items(),
         work.threads,
         work.model.display()
     );
