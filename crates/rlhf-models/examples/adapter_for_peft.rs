@@ -5,6 +5,9 @@
 //! cargo run --release -p rlhf-models --example adapter_for_peft -- BASE_DIR OUT_DIR
 //! scripts/check_adapter_with_peft.py BASE_DIR OUT_DIR/adapter OUT_DIR/logits.safetensors
 //! ```
+//!
+//! With the folder of an adapter behind `OUT_DIR`, the logits are those of a language model with that one,
+//! and no other is written.
 
 use std::path::Path;
 
@@ -17,10 +20,13 @@ const IDS: [[i64; 7]; 2] = [[5, 9, 2, 14, 3, 8, 17], [7, 1, 1, 4, 20, 6, 11]];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().collect();
-    let [_, base, out] = arguments.as_slice() else {
-        return Err("usage: adapter_for_peft BASE_DIR OUT_DIR".into());
+    let (base, out, trained) = match arguments.as_slice() {
+        [_, base, out] => (base, out, None),
+        [_, base, out, adapter] => (base, out, Some(adapter)),
+        _ => return Err("usage: adapter_for_peft BASE_DIR OUT_DIR [ADAPTER_DIR]".into()),
     };
     let out = Path::new(out);
+    std::fs::create_dir_all(out)?;
     let config = LoraConfig {
         rank: 3,
         alpha: 7.0,
@@ -43,9 +49,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         model.logits(&batch)?
     } else {
         let mut model = CausalLm::from_pretrained(base, &options)?;
-        model.add_adapter(&config, 1)?;
-        disturb(&model);
-        model.save_adapter(out.join("adapter"))?;
+        match trained {
+            Some(dir) => model.load_adapter(dir)?,
+            None => {
+                model.add_adapter(&config, 1)?;
+                disturb(&model);
+                model.save_adapter(out.join("adapter"))?;
+            }
+        }
         model.logits(&batch.padded(0, PaddingSide::Right, Device::Cpu))?
     };
     let ids = Tensor::from_slice2(&IDS);
