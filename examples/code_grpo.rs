@@ -28,8 +28,8 @@ use std::time::Instant;
 use clap::Parser;
 use rand::Rng;
 use rlhf::core::{
-    Device, EpochConfig, GenerationConfig, Generator, JsonlObserver, Kind, Observer, Policy,
-    ProgressObserver, RngStreams, SamplingConfig, Sequence, tch,
+    Device, EpochConfig, GenerationConfig, Generator, Kind, Observer, Policy, RngStreams,
+    SamplingConfig, Sequence,
 };
 use rlhf::models::{CausalLm, Gpt2Config, ModelConfig, SpecialTokens};
 use rlhf::ppo::{GrpoConfig, GrpoTrainer, WatchConfig};
@@ -39,7 +39,9 @@ use rlhf::sft::{SftConfig, SftTrainer};
 use serde::Serialize;
 use support::curves;
 use support::expression::{Characters, Task, all_tasks, run as interpret};
-use support::watching::{print_findings, taken, watch};
+use support::run_folder::RunFolder;
+use support::table::table;
+use support::watching::{taken, told, watch};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
@@ -79,10 +81,8 @@ fn main() -> ExitCode {
 fn run() -> Result<()> {
     let started = Instant::now();
     let options = Options::parse();
-    if options.threads > 0 {
-        tch::set_num_threads(options.threads);
-    }
-    std::fs::create_dir_all(&options.out)?;
+    support::set_threads(options.threads);
+    let folder = RunFolder::create(&options.out)?;
     let split = Split::new(&options);
     println!(
         "{} tasks to train on, {} of them with solutions; {} held out, over {} triples of digits of their own",
@@ -96,13 +96,9 @@ fn run() -> Result<()> {
             .collect::<BTreeSet<_>>()
             .len()
     );
-    let metrics = options.out.join("metrics.jsonl");
     let (watch, findings) = watch(WatchConfig::default())?;
-    let mut observers: Vec<Box<dyn Observer>> = vec![
-        Box::new(JsonlObserver::create(&metrics)?),
-        Box::new(ProgressObserver::new(SHOWN)),
-        Box::new(watch),
-    ];
+    let mut observers = folder.observers(SHOWN)?;
+    observers.push(Box::new(watch));
 
     println!("\n1. Supervised training on written solutions");
     let policy = warmed_up(&options, &split, &mut observers)?;
@@ -128,35 +124,25 @@ fn run() -> Result<()> {
         warm_up_seconds: warm_s,
         seconds: started.elapsed().as_secs_f64(),
     };
-    report.print();
-    print_findings(&taken(&findings));
+    report.print()?;
+    println!("{}\n", told(&taken(&findings), LOOKED_AT));
     print_examples(trainer.policy(), &split.held_out)?;
-    trainer
-        .policy()
-        .save_pretrained(options.out.join("policy"))?;
-    let panels: [curves::Panel<'_>; 3] = [
-        ("share of programs that are right", &["grpo/score/mean"]),
-        (
-            "tasks whose eight programs are all right or all wrong",
-            &["grpo/groups/zero_std"],
-        ),
-        ("entropy of a character, nats", &["grpo/policy/entropy"]),
-    ];
-    curves::draw(
-        &metrics,
-        "grpo",
-        &panels,
-        5,
-        &options.out.join("curves.svg"),
-    )?;
-    let json = serde_json::to_string_pretty(&report)?;
-    std::fs::write(options.out.join("summary.json"), json)?;
-    println!(
-        "policy, curves.svg, metrics.jsonl and summary.json are in {}",
-        options.out.display()
-    );
-    Ok(())
+    folder.save_policy(trainer.policy(), None)?;
+    folder.finish(("grpo", &PANELS, 5), &report)
 }
+
+/// What the watch has to go by.
+const LOOKED_AT: &str = "the reward, the KL, lengths and the variety of each step's samples";
+
+/// The curves.
+const PANELS: [curves::Panel<'_>; 3] = [
+    ("share of programs that are right", &["grpo/score/mean"]),
+    (
+        "tasks whose eight programs are all right or all wrong",
+        &["grpo/groups/zero_std"],
+    ),
+    ("entropy of a character, nats", &["grpo/policy/entropy"]),
+];
 
 /// The metrics of the progress line.
 const SHOWN: [&str; 4] = [
@@ -396,32 +382,35 @@ struct Report {
 }
 
 impl Report {
-    fn print(&self) {
+    fn print(&self) -> Result<()> {
         let Self { before, after, .. } = self;
-        println!("{:<44}{:>9}{:>9}", "", "before", "after");
-        for (name, before, after) in [
+        let rows = [
             (
                 "pass@1: samples that solve their task, %",
-                before.pass_at_1,
-                after.pass_at_1,
+                1,
+                [before.pass_at_1, after.pass_at_1],
             ),
-            ("greedy answers that do, %", before.greedy, after.greedy),
+            (
+                "greedy answers that do, %",
+                1,
+                [before.greedy, after.greedy],
+            ),
             (
                 "pass@8: tasks that one of 8 samples solves, %",
-                before.pass_at_8,
-                after.pass_at_8,
+                1,
+                [before.pass_at_8, after.pass_at_8],
             ),
             (
                 "samples that are programs of the digits, %",
-                before.runnable,
-                after.runnable,
+                1,
+                [before.runnable, after.runnable],
             ),
-        ] {
-            println!("{name:<44}{before:>9.1}{after:>9.1}");
-        }
+        ];
+        println!("{}", table(["before", "after"], &rows)?);
         println!(
             "{} tasks; {:.0} s of supervised training, {:.0} s in all\n",
             self.held_out, self.warm_up_seconds, self.seconds
         );
+        Ok(())
     }
 }

@@ -24,27 +24,21 @@ mod support;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
-use rlhf::core::{
-    EpochConfig, GenerationConfig, JsonlObserver, Kind, Observer, ProgressObserver, reward_fn,
-};
-use rlhf::models::{
-    CausalLm, LoadOptions, SequenceClassifier, Tokenizer, ValueHeadInit, ValueHeadModel,
-};
-use rlhf::ppo::{
-    Constraint, ConstraintRule, KlControl, LagrangianConfig, MissingEos, OldLogprobs, PpoConfig,
-    PpoTrainer, SafetyReport,
-};
+use rlhf::core::{Device, EpochConfig, GenerationConfig, Observer, reward_fn};
+use rlhf::models::{CausalLm, SequenceClassifier, ValueHeadInit, ValueHeadModel};
+use rlhf::ppo::{Constraint, ConstraintRule, LagrangianConfig, PpoTrainer, SafetyReport};
 use rlhf::reward::{Label, LabelConfig, LabelProbability, LabelTrainer, Labelled};
-use rlhf::scale::{AdamWConfig, ParamGroup, Schedule, UpdateConfig};
 use serde::Serialize;
 
 use moderation::{Moderator, advertises, informative};
 use support::curves;
 use support::evaluate::{Evaluation, HeldOut, evaluate, mean};
+use support::run_folder::RunFolder;
+use support::stages::{SummaryPpo, classifier_updates, language_model};
+use support::table::table;
 use support::task::{CUE, Pair, SummaryTask, read_pairs};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
@@ -97,14 +91,8 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<()> {
     let started = Instant::now();
-    std::fs::create_dir_all(&options.out)?;
-    let load = LoadOptions {
-        kind: Some(Kind::Float),
-        ..LoadOptions::default()
-    };
-    let reference = CausalLm::from_pretrained(&options.model, &load)?;
-    let tokenizer = Tokenizer::from_dir(&options.model)?;
-    tokenizer.check_fits(reference.config())?;
+    let folder = RunFolder::create(&options.out)?;
+    let (reference, tokenizer) = language_model(&options.model, Device::Cpu)?;
     let task = SummaryTask::new(tokenizer, MAX_TEXT_TOKENS)?;
     let train = read_pairs(Path::new("examples/data/debtldr/train.jsonl"))?;
     let held_out = read_pairs(Path::new("examples/data/debtldr/valid.jsonl"))?;
@@ -114,17 +102,7 @@ fn run(options: &Options) -> Result<()> {
         train.len(),
         held_out.pairs.len()
     );
-    let metrics = options.out.join("metrics.jsonl");
-    let mut observers: Vec<Box<dyn Observer>> = vec![
-        Box::new(JsonlObserver::create(&metrics)?),
-        Box::new(ProgressObserver::new([
-            "label/loss",
-            "label/accuracy",
-            "ppo/score/mean",
-            "ppo/constraint/advertising/violation_rate",
-            "ppo/constraint/advertising/multiplier",
-        ])),
-    ];
+    let mut observers = folder.observers(SHOWN)?;
 
     println!("\n1. Cost model, from moderators' marks");
     let marked = &train[..options.marked.min(train.len())];
@@ -151,10 +129,7 @@ fn run(options: &Options) -> Result<()> {
     };
     let before = judge(&trainer, false)?;
     let safe_before = trainer.safety_test(&held_out.prompts, TEST_SEED)?;
-    let prompts = train
-        .iter()
-        .map(|pair| task.prompt(&pair.text))
-        .collect::<Result<Vec<Arc<[i64]>>>>()?;
+    let prompts = task.prompts(&train)?;
     trainer.train(&prompts, options.steps, &mut observers)?;
     let after = judge(&trainer, true)?;
     let safe_after = trainer.safety_test(&held_out.prompts, TEST_SEED)?;
@@ -185,14 +160,38 @@ fn run(options: &Options) -> Result<()> {
         passes_before: safe_before.passes(options.limit, options.confidence)?,
         seconds: started.elapsed().as_secs_f64(),
     };
-    report.print();
+    report.print()?;
     for (i, pair) in held_out.pairs.iter().enumerate().take(5) {
         println!("human:  {}", pair.summary);
         println!("before: {} ({:.0})", before.summaries[i], before.scores[i]);
         println!("after:  {} ({:.0})\n", after.summaries[i], after.scores[i]);
     }
-    save(&trainer, &task, &report, &metrics, options)
+    folder.save_policy(trainer.policy(), Some(task.tokenizer()))?;
+    folder.finish(("ppo", &PANELS, 3), &report)
 }
+
+/// The metrics of the progress line.
+const SHOWN: [&str; 5] = [
+    "label/loss",
+    "label/accuracy",
+    "ppo/score/mean",
+    "ppo/constraint/advertising/violation_rate",
+    "ppo/constraint/advertising/multiplier",
+];
+
+/// The curves.
+const PANELS: [curves::Panel<'_>; 4] = [
+    ("reward", &["ppo/score/mean"]),
+    (
+        "share of offences",
+        &["ppo/constraint/advertising/violation_rate"],
+    ),
+    (
+        "price of an offence",
+        &["ppo/constraint/advertising/multiplier"],
+    ),
+    ("divergence from the reference, nats a summary", &["ppo/kl"]),
+];
 
 const MAX_TEXT_TOKENS: usize = 64;
 const MAX_NEW_TOKENS: usize = 24;
@@ -240,20 +239,7 @@ fn cost_model(
     };
     let steps = epochs.total_steps(train.len());
     let config = LabelConfig {
-        update: UpdateConfig {
-            optimizer: AdamWConfig {
-                lr: 5e-4,
-                // The head starts from nothing, the rest from a language model.
-                groups: vec![ParamGroup {
-                    params: vec!["score.*".into()],
-                    lr: Some(3e-3),
-                    ..ParamGroup::default()
-                }],
-                ..AdamWConfig::default()
-            },
-            schedule: Schedule::linear(steps / 10, steps),
-            ..UpdateConfig::default()
-        },
+        update: classifier_updates(5e-4, steps),
         microbatch_size: 32,
     };
     let model = SequenceClassifier::from_causal_lm(reference, 2, options.seed)?;
@@ -281,37 +267,21 @@ fn ppo_trainer(
     task: &SummaryTask,
     options: &Options,
 ) -> Result<Trainer> {
-    let config = PpoConfig {
+    let config = SummaryPpo {
         seed: options.seed,
-        batch_size: options.batch,
-        ppo_epochs: 1,
-        minibatches: 2,
-        microbatch_size: 64,
-        kl_control: KlControl::Fixed {
-            kl_coef: options.kl_coef,
-        },
-        // An unfinished summary has said nothing.
-        missing_eos: MissingEos::Replace(0.0),
+        steps: options.steps,
+        batch: options.batch,
+        lr: options.lr,
+        kl_coef: options.kl_coef,
+        // It has said nothing.
+        unfinished: 0.0,
         generation: GenerationConfig {
             max_new_tokens: MAX_NEW_TOKENS,
-            samples_per_prompt: 4,
             stop_token_ids: vec![task.stop()],
             batch_size: 128,
             ..GenerationConfig::default()
         },
-        old_logprobs: OldLogprobs::Sampled,
-        update: UpdateConfig {
-            optimizer: AdamWConfig {
-                lr: options.lr,
-                ..PpoConfig::n_plus().update.optimizer
-            },
-            max_grad_norm: Some(1.0),
-            ..UpdateConfig::default()
-        },
-        ..PpoConfig::n_plus()
     };
-    let mut config = config.annealed(options.steps);
-    config.generation.sampling.temperature = 1.0;
     let critic = |seed| ValueHeadModel::from_causal_lm_with(&reference, ValueHeadInit::Zeros, seed);
     let (value, cost_critic) = (critic(1)?, critic(2)?);
     let mut policy = reference.try_clone()?;
@@ -331,9 +301,15 @@ fn ppo_trainer(
             Constraint::lagrangian("advertising", moderator, OFFENCE, price, cost_critic)
         }
     };
-    let trainer = PpoTrainer::new(config, policy, value, reference, reward_fn(informative))?
-        .with_detokenizer(task.tokenizer().clone())
-        .with_constraint(constraint)?;
+    let trainer = PpoTrainer::new(
+        config.config(),
+        policy,
+        value,
+        reference,
+        reward_fn(informative),
+    )?
+    .with_detokenizer(task.tokenizer().clone())
+    .with_constraint(constraint)?;
     Ok(trainer)
 }
 
@@ -375,39 +351,40 @@ struct Report {
 }
 
 impl Report {
-    fn print(&self) {
-        println!("{:<44}{:>9}{:>9}", "", "before", "after");
+    fn print(&self) -> Result<()> {
         let percent = |x: f64| 100.0 * x;
-        for (name, before, after) in [
+        let rows = [
             (
                 "reward: words taken from the text",
-                self.reward_before,
-                self.reward_after,
+                2,
+                [self.reward_before, self.reward_after],
             ),
             (
                 "offences by the cost model, %",
-                percent(self.offences_before),
-                percent(self.offences_after),
+                2,
+                [percent(self.offences_before), percent(self.offences_after)],
             ),
             (
                 "offences by the moderators' rule, %",
-                percent(self.moderators_before),
-                percent(self.moderators_after),
+                2,
+                [
+                    percent(self.moderators_before),
+                    percent(self.moderators_after),
+                ],
             ),
-            ("KL to the reference, nats a summary", 0.0, self.kl),
+            ("KL to the reference, nats a summary", 2, [0.0, self.kl]),
             (
                 "ROUGE-L to the human summary",
-                self.rouge_l_before,
-                self.rouge_l_after,
+                2,
+                [self.rouge_l_before, self.rouge_l_after],
             ),
             (
                 "finished, %",
-                percent(self.finished_before),
-                percent(self.finished_after),
+                2,
+                [percent(self.finished_before), percent(self.finished_after)],
             ),
-        ] {
-            println!("{name:<44}{before:>9.2}{after:>9.2}");
-        }
+        ];
+        println!("{}", table(["before", "after"], &rows)?);
         let verdict = |passes: bool| if passes { "passes" } else { "fails" };
         println!(
             "safety test, at most {:.0}% with confidence {:.2}: {} before, {} after (at most {:.1}%)",
@@ -427,40 +404,6 @@ impl Report {
             );
         }
         println!("{:.0} s in all\n", self.seconds);
+        Ok(())
     }
-}
-
-fn save(
-    trainer: &Trainer,
-    task: &SummaryTask,
-    report: &Report,
-    metrics: &Path,
-    options: &Options,
-) -> Result<()> {
-    let out = &options.out;
-    let policy = out.join("policy");
-    trainer.policy().save_pretrained(&policy)?;
-    task.tokenizer().save(&policy)?;
-    let panels: [curves::Panel<'_>; 4] = [
-        ("reward", &["ppo/score/mean"]),
-        (
-            "share of offences",
-            &["ppo/constraint/advertising/violation_rate"],
-        ),
-        (
-            "price of an offence",
-            &["ppo/constraint/advertising/multiplier"],
-        ),
-        ("divergence from the reference, nats a summary", &["ppo/kl"]),
-    ];
-    curves::draw(metrics, "ppo", &panels, 3, &out.join("curves.svg"))?;
-    std::fs::write(
-        out.join("summary.json"),
-        serde_json::to_string_pretty(report)?,
-    )?;
-    println!(
-        "policy, curves.svg, metrics.jsonl and summary.json are in {}",
-        out.display()
-    );
-    Ok(())
 }

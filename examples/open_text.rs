@@ -24,10 +24,10 @@ use std::time::Instant;
 
 use clap::Parser;
 use rlhf::core::{
-    Completions, GenerationConfig, Generator, JsonlObserver, Kind, LogprobOptions, Observer,
-    Policy, ProgressObserver, RewardModel, RngStreams, reward_fn, tch,
+    Completions, Device, GenerationConfig, Generator, Kind, LogprobOptions, Policy, RewardModel,
+    RngStreams, reward_fn, tch,
 };
-use rlhf::models::{CausalLm, LoadOptions, Tokenizer};
+use rlhf::models::{CausalLm, Tokenizer};
 use rlhf::ppo::{
     FindingKind, GrpoConfig, GrpoTrainer, KlPenalty, OldLogprobs, StopRule, WatchConfig,
 };
@@ -36,8 +36,11 @@ use serde::Serialize;
 use support::cheerful::{Gold, cheerfulness};
 use support::curves;
 use support::evaluate::mean;
+use support::run_folder::RunFolder;
+use support::stages::language_model;
+use support::table::{Row, table};
 use support::task::{INSTRUCTION, Pair, read_pairs};
-use support::watching::{print_findings, taken, watch};
+use support::watching::{taken, told, watch};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
@@ -83,16 +86,9 @@ fn main() -> ExitCode {
 fn run() -> Result<()> {
     let started = Instant::now();
     let options = Options::parse();
-    if options.threads > 0 {
-        tch::set_num_threads(options.threads);
-    }
-    std::fs::create_dir_all(&options.out)?;
-    let load = LoadOptions {
-        kind: Some(Kind::Float),
-        ..LoadOptions::default()
-    };
-    let base = CausalLm::from_pretrained(&options.model, &load)?;
-    let tokenizer = Tokenizer::from_dir(&options.model)?;
+    support::set_threads(options.threads);
+    let folder = RunFolder::create(&options.out)?;
+    let (base, tokenizer) = language_model(&options.model, Device::Cpu)?;
     let train = openings(
         &read_pairs(Path::new("examples/data/debtldr/train.jsonl"))?,
         &tokenizer,
@@ -141,7 +137,6 @@ fn run() -> Result<()> {
     };
 
     println!("\n1. Until the watch stops the run");
-    let metrics = options.out.join("metrics.jsonl");
     let (watch, findings) = watch(WatchConfig {
         // Texts are short and the run is: smaller windows, and fewer nats.
         window: 5,
@@ -157,20 +152,15 @@ fn run() -> Result<()> {
         ..WatchConfig::default()
     })?;
     let start = judge.evaluate(trainer.policy())?;
-    let mut observers: Vec<Box<dyn Observer>> = vec![
-        Box::new(JsonlObserver::create(&metrics)?),
-        Box::new(ProgressObserver::new(SHOWN)),
-        Box::new(watch),
-    ];
+    let mut observers = folder.observers(SHOWN)?;
+    observers.push(Box::new(watch));
     trainer.train(&train, options.steps, &mut observers)?;
     let stopped_at = trainer.steps_done();
     let stopped = judge.evaluate(trainer.policy())?;
-    trainer
-        .policy()
-        .save_pretrained(options.out.join("policy"))?;
-    judge.tokenizer.save(options.out.join("policy"))?;
+    // Of this one, not of the one that goes on.
+    folder.save_policy(trainer.policy(), Some(&judge.tokenizer))?;
     let findings = taken(&findings);
-    print_findings(&findings);
+    println!("{}\n", told(&findings, LOOKED_AT));
 
     println!("2. The same run, had it gone on");
     observers.pop();
@@ -186,35 +176,27 @@ fn run() -> Result<()> {
         end,
         seconds: started.elapsed().as_secs_f64(),
     };
-    report.print();
-    let panels: [curves::Panel<'_>; 4] = [
-        (
-            "positive words: the judge that is trained against",
-            &["grpo/score/mean"],
-        ),
-        ("the gold reward, which is not", &["grpo/judge/gold"]),
-        (
-            "pairs of tokens that are new in their text, and in all texts",
-            &["grpo/distinct_2", "grpo/distinct_2_across"],
-        ),
-        ("divergence from the base model, nats a text", &["grpo/kl"]),
-    ];
-    curves::draw(
-        &metrics,
-        "grpo",
-        &panels,
-        3,
-        &options.out.join("curves.svg"),
-    )?;
-    let json = serde_json::json!({ "report": report, "findings": findings });
-    let json = serde_json::to_string_pretty(&json)?;
-    std::fs::write(options.out.join("summary.json"), json)?;
-    println!(
-        "policy (where the watch stopped it), curves.svg, metrics.jsonl and summary.json are in {}",
-        options.out.display()
-    );
-    Ok(())
+    report.print()?;
+    let report = serde_json::json!({ "report": report, "findings": findings });
+    folder.finish(("grpo", &PANELS, 3), &report)
 }
+
+/// What the watch has to go by.
+const LOOKED_AT: &str = "the rewards, the KL and the variety of each step's samples";
+
+/// The curves.
+const PANELS: [curves::Panel<'_>; 4] = [
+    (
+        "positive words: the judge that is trained against",
+        &["grpo/score/mean"],
+    ),
+    ("the gold reward, which is not", &["grpo/judge/gold"]),
+    (
+        "pairs of tokens that are new in their text, and in all texts",
+        &["grpo/distinct_2", "grpo/distinct_2_across"],
+    ),
+    ("divergence from the base model, nats a text", &["grpo/kl"]),
+];
 
 /// The metrics of the progress line.
 const SHOWN: [&str; 4] = [
@@ -361,40 +343,30 @@ struct Report {
 }
 
 impl Report {
-    fn print(&self) {
-        let Self {
-            start,
-            stopped,
-            end,
-            ..
-        } = self;
+    fn print(&self) -> Result<()> {
+        let states = [&self.start, &self.stopped, &self.end];
         let (stop, last) = (
             format!("step {}", self.stopped_at),
             format!("step {}", self.steps),
         );
-        println!("{:<44}{:>9}{stop:>9}{last:>9}", "", "start");
-        type Of = fn(&Evaluation) -> f64;
-        let rows: [(&str, Of, usize); 4] = [
-            (
-                "positive words: the judge of the training",
-                |e| e.cheerful,
-                2,
-            ),
-            ("gold reward", |e| e.gold, 2),
-            ("KL to the base model, nats a text", |e| e.kl, 1),
-            (
-                "words that a text has not had before, %",
-                |e| e.new_words,
-                0,
-            ),
+        let row = |name, decimals, of: fn(&Evaluation) -> f64| -> Row<'_, 3> {
+            (name, decimals, states.map(of))
+        };
+        let rows = [
+            row("positive words: the judge of the training", 2, |e| {
+                e.cheerful
+            }),
+            row("gold reward", 2, |e| e.gold),
+            row("KL to the base model, nats a text", 1, |e| e.kl),
+            row("words that a text has not had before, %", 0, |e| {
+                e.new_words
+            }),
         ];
-        for (name, of, decimals) in rows {
-            let (a, b, c) = (of(start), of(stopped), of(end));
-            println!("{name:<44}{a:>9.decimals$}{b:>9.decimals$}{c:>9.decimals$}");
-        }
-        println!("\nstart:   {}", start.example);
-        println!("stopped: {}", stopped.example);
-        println!("end:     {}\n", end.example);
+        println!("{}", table(["start", &stop, &last], &rows)?);
+        println!("\nstart:   {}", self.start.example);
+        println!("stopped: {}", self.stopped.example);
+        println!("end:     {}\n", self.end.example);
         println!("{:.0} s in all", self.seconds);
+        Ok(())
     }
 }

@@ -9,8 +9,9 @@
 //! 2. PPO makes the model write summaries that the reward model likes, at a price for every nat
 //!    that it moves away from where it started.
 //! 3. Both are judged on texts that no stage has seen: by the reward model, and by ROUGE-L
-//!    against the human summaries, which nothing was trained on. When the first rises and the
-//!    second falls, the reward was hacked, and the table says so.
+//!    against the human summaries, which PPO does not learn from. When the first rises and the
+//!    second falls, the reward was hacked. Two checks look for that, and each says what it saw:
+//!    the watch in the samples that PPO learns from, step by step, and the table on texts held out.
 #![allow(clippy::print_stdout, clippy::print_stderr)] // an example talks to its user
 
 mod support;
@@ -18,27 +19,28 @@ mod support;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
 use rlhf::core::{
-    Completions, Device, EpochConfig, GenerationConfig, JsonlObserver, Kind, Observer, Policy,
-    ProgressObserver, RngStreams, SamplingConfig, constraint_fn, generate, tch,
+    Completions, Device, EpochConfig, GenerationConfig, Kind, Observer, Policy, RngStreams,
+    SamplingConfig, constraint_fn, generate, tch,
 };
-use rlhf::models::{CausalLm, LoadOptions, SequenceClassifier, Tokenizer, ValueHeadModel};
-use rlhf::ppo::{
-    Constraint, KlControl, MissingEos, OldLogprobs, PpoConfig, PpoTrainer, WatchConfig,
+use rlhf::models::{CausalLm, LoadOptions, SequenceClassifier, ValueHeadModel};
+use rlhf::ppo::{Constraint, PpoTrainer, WatchConfig};
+use rlhf::reward::{
+    Component, Normalized, PairwiseTerms, RankingConfig, RankingTrainer, RewardSum,
 };
-use rlhf::reward::{Normalized, PairwiseTerms, RankingConfig, RankingTrainer};
-use rlhf::scale::{AdamWConfig, ParamGroup, Schedule, UpdateConfig};
 use support::curves;
 use support::evaluate::{Evaluation, HeldOut, evaluate};
 use support::faithful::unsupported_names;
+use support::human::NearHuman;
 use support::rankings::{comparisons, rankings};
 use support::report::{Report, print_examples};
+use support::run_folder::RunFolder;
+use support::stages::{SAMPLES_PER_TEXT, SummaryPpo, classifier_updates, language_model};
 use support::task::{Pair, SummaryTask, read_pairs};
-use support::watching::{print_findings, taken, watch};
+use support::watching::{taken, told, watch};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
@@ -102,21 +104,13 @@ fn main() -> ExitCode {
 fn run() -> Result<()> {
     let started = Instant::now();
     let options = Options::parse();
-    std::fs::create_dir_all(&options.out)?;
+    let folder = RunFolder::create(&options.out)?;
     let (train, held_out) = read_data(options.data.as_deref())?;
-    let load = LoadOptions {
-        device: options.device,
-        kind: Some(Kind::Float),
-        ..LoadOptions::default()
-    };
-    let reference = CausalLm::from_pretrained(&options.model, &load)?;
-    let tokenizer = Tokenizer::from_dir(&options.model)?;
-    tokenizer.check_fits(reference.config())?;
+    let (reference, tokenizer) = language_model(&options.model, options.device)?;
     let task = SummaryTask::new(tokenizer, options.max_text_tokens)?;
     let run = Run {
         held_out: HeldOut::new(held_out, &task)?,
         options,
-        load,
         train,
         task,
     };
@@ -126,11 +120,7 @@ fn run() -> Result<()> {
         run.train.len(),
         run.held_out.pairs.len()
     );
-    let metrics = run.options.out.join("metrics.jsonl");
-    let mut observers: Vec<Box<dyn Observer>> = vec![
-        Box::new(JsonlObserver::create(&metrics)?),
-        Box::new(ProgressObserver::new(SHOWN)),
-    ];
+    let mut observers = folder.observers(SHOWN)?;
 
     println!("\n1. Reward model");
     let (reward, accuracy) = run.reward_model(&reference, &mut observers)?;
@@ -140,14 +130,16 @@ fn run() -> Result<()> {
     observers.push(Box::new(watch));
     let mut trainer = run.ppo_trainer(reference, reward)?;
     let before = run.judge(&trainer, None)?;
-    trainer.train(&run.prompts(&run.train)?, run.options.steps, &mut observers)?;
+    let prompts = run.task.prompts(&run.train)?;
+    trainer.train(&prompts, run.options.steps, &mut observers)?;
     let after = run.judge(&trainer, Some(trainer.reference()))?;
 
     println!("\n3. Held-out texts, before and after");
     let report = Report::new(&before, &after, accuracy, started.elapsed());
-    run.save(&trainer, &report, &metrics)?;
     println!("{report}");
-    print_findings(&taken(&findings));
+    println!("Was the reward hacked?");
+    println!("- in training: {}", told(&taken(&findings), LOOKED_AT));
+    println!("- on held-out texts: {}\n", report.verdict());
     if run.options.constraint {
         println!(
             "naming what the text does not: {:.0}% of the summaries before, {:.0}% after\n",
@@ -156,12 +148,27 @@ fn run() -> Result<()> {
         );
     }
     print_examples(&run.held_out.pairs, &before, &after, 5);
-    println!(
-        "policy, reward_model, curves.svg, metrics.jsonl and summary.json are in {}",
-        run.options.out.display()
-    );
-    Ok(())
+    folder.save_policy(trainer.policy(), Some(run.task.tokenizer()))?;
+    folder.finish(("ppo", &PANELS, 3), &report)
 }
+
+/// What the watch has to go by.
+const LOOKED_AT: &str =
+    "the reward, the KL, lengths, repetition, and ROUGE-L of each step's samples";
+
+/// The curves.
+const PANELS: [curves::Panel<'_>; 4] = [
+    (
+        "reward (reference: mean 0, deviation 1)",
+        &["ppo/score/mean"],
+    ),
+    (
+        "ROUGE-L to the human summary, not learnt from",
+        &["ppo/judge/gold"],
+    ),
+    ("divergence from the reference, nats a summary", &["ppo/kl"]),
+    ("length, tokens", &["ppo/length"]),
+];
 
 /// The metrics of the progress line.
 const SHOWN: [&str; 5] = [
@@ -178,7 +185,6 @@ type Trainer = PpoTrainer<CausalLm, ValueHeadModel>;
 /// What every stage needs.
 struct Run {
     options: Options,
-    load: LoadOptions,
     train: Vec<Pair>,
     held_out: HeldOut,
     task: SummaryTask,
@@ -193,7 +199,14 @@ impl Run {
         observers: &mut [Box<dyn Observer>],
     ) -> Result<(Reward, f64)> {
         let model = match &self.options.reward_model {
-            Some(dir) => SequenceClassifier::from_pretrained(dir, &self.load)?,
+            Some(dir) => {
+                let load = LoadOptions {
+                    device: self.options.device,
+                    kind: Some(Kind::Float),
+                    ..LoadOptions::default()
+                };
+                SequenceClassifier::from_pretrained(dir, &load)?
+            }
             None => self.train_reward_model(reference, observers)?,
         };
         let texts = &self.held_out.pairs;
@@ -230,20 +243,7 @@ impl Run {
         };
         let steps = epochs.total_steps(rankings.len());
         let config = RankingConfig {
-            update: UpdateConfig {
-                optimizer: AdamWConfig {
-                    lr: 3e-4,
-                    // The head starts from nothing, the rest from a language model.
-                    groups: vec![ParamGroup {
-                        params: vec!["score.*".into()],
-                        lr: Some(3e-3),
-                        ..ParamGroup::default()
-                    }],
-                    ..AdamWConfig::default()
-                },
-                schedule: Schedule::linear(steps / 10, steps),
-                ..UpdateConfig::default()
-            },
+            update: classifier_updates(3e-4, steps),
             terms: PairwiseTerms {
                 // Comparisons say nothing of how one text's scores compare with another's: keep
                 // them level, or that difference drowns what the policy can change.
@@ -258,43 +258,32 @@ impl Run {
         let dir = self.options.out.join("reward_model");
         trainer.model().save_pretrained(&dir)?;
         self.task.tokenizer().save(&dir)?;
+        println!("written to {}", dir.display());
         Ok(trainer.into_model())
     }
 
     fn ppo_trainer(&self, reference: CausalLm, reward: Reward) -> Result<Trainer> {
         let options = &self.options;
-        let config = PpoConfig {
+        let config = SummaryPpo {
             seed: options.seed,
-            batch_size: options.batch,
-            ppo_epochs: 1,
-            minibatches: 2,
-            microbatch_size: 64,
-            kl_control: KlControl::Fixed {
-                kl_coef: options.kl_coef,
-            },
-            // An unfinished summary counts as two deviations worse than the usual one.
-            missing_eos: MissingEos::Replace(-2.0),
-            generation: GenerationConfig {
-                samples_per_prompt: SAMPLES_PER_TEXT,
-                ..self.generation()
-            },
-            // No filter shapes the samples, so their log-probs are the policy's own.
-            old_logprobs: OldLogprobs::Sampled,
-            update: UpdateConfig {
-                optimizer: AdamWConfig {
-                    lr: options.lr,
-                    ..PpoConfig::n_plus().update.optimizer
-                },
-                max_grad_norm: Some(1.0),
-                ..UpdateConfig::default()
-            },
-            ..PpoConfig::n_plus()
-        }
-        .annealed(options.steps);
+            steps: options.steps,
+            batch: options.batch,
+            lr: options.lr,
+            kl_coef: options.kl_coef,
+            // Two deviations worse than the usual summary.
+            unfinished: -2.0,
+            generation: self.generation(),
+        };
         let mut policy = reference.try_clone()?;
         policy.set_trainable(true);
         let value = ValueHeadModel::from_classifier(reward.model())?;
-        let trainer = PpoTrainer::new(config, policy, value, reference, reward)?
+        let known = self.train.iter().chain(&self.held_out.pairs);
+        let reward = RewardSum::new(vec![
+            Component::new("reward_model", reward),
+            // Weighs nothing: the watch sees it, as `ppo/judge/gold`, and the policy does not.
+            Component::new("gold", NearHuman::new(&self.task, known)?).weighted(0.0),
+        ])?;
+        let trainer = PpoTrainer::new(config.config(), policy, value, reference, reward)?
             .with_detokenizer(self.task.tokenizer().clone());
         if !options.constraint {
             return Ok(trainer);
@@ -341,7 +330,7 @@ impl Run {
         first_index: u64,
     ) -> Result<Completions> {
         let streams = RngStreams::new(self.options.seed);
-        let prompts = self.prompts(pairs)?;
+        let prompts = self.task.prompts(pairs)?;
         Ok(generate(
             model,
             &prompts,
@@ -350,33 +339,9 @@ impl Run {
             first_index,
         )?)
     }
-
-    fn prompts(&self, pairs: &[Pair]) -> Result<Vec<Arc<[i64]>>> {
-        pairs.iter().map(|p| self.task.prompt(&p.text)).collect()
-    }
-
-    fn save(&self, trainer: &Trainer, report: &Report, metrics: &Path) -> Result<()> {
-        let out = &self.options.out;
-        let policy = out.join("policy");
-        trainer.policy().save_pretrained(&policy)?;
-        self.task.tokenizer().save(&policy)?;
-        let panels: [curves::Panel<'_>; 3] = [
-            (
-                "reward (reference: mean 0, deviation 1)",
-                &["ppo/score/mean"],
-            ),
-            ("divergence from the reference, nats a summary", &["ppo/kl"]),
-            ("length, tokens", &["ppo/length"]),
-        ];
-        curves::draw(metrics, "ppo", &panels, 3, &out.join("curves.svg"))?;
-        let json = serde_json::to_string_pretty(report)?;
-        Ok(std::fs::write(out.join("summary.json"), json)?)
-    }
 }
 
 const REWARD_BATCH: usize = 16;
-/// Samples of one text share its forward pass.
-const SAMPLES_PER_TEXT: usize = 4;
 const CALIBRATION_TEXTS: usize = 512;
 /// Where the random numbers of each use of `generate` start, so that none is used twice.
 const HELD_OUT_SAMPLES: u64 = 1 << 32;

@@ -25,7 +25,7 @@ use clap::Parser;
 use rlhf::core::{
     CheckpointConfig, EpochConfig, EpochTrainer, GenerationConfig, JsonlObserver, Kind, Observer,
     Parameters, ProgressObserver, RngStreams, SamplingConfig, Sequence, SequenceBatch, Stats,
-    generate, tch, train_epochs,
+    generate, train_epochs,
 };
 use rlhf::models::{CausalLm, Gpt2Config, LoadOptions, ModelConfig, SpecialTokens, Tokenizer};
 use rlhf::reward::rouge::rouge_l;
@@ -93,9 +93,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<()> {
     let options = Options::parse();
-    if options.threads > 0 {
-        tch::set_num_threads(options.threads);
-    }
+    support::set_threads(options.threads);
     let train = read_pairs(&options.data.join("base.jsonl"))?;
     let valid = read_pairs(&options.data.join("valid.jsonl"))?;
     std::fs::create_dir_all(&options.out)?;

@@ -19,10 +19,7 @@ pub struct HeldOut {
 
 impl HeldOut {
     pub fn new(pairs: Vec<Pair>, task: &SummaryTask) -> Result<Self, Box<dyn Error>> {
-        let prompts = pairs
-            .iter()
-            .map(|p| task.prompt(&p.text))
-            .collect::<Result<_, _>>()?;
+        let prompts = task.prompts(&pairs)?;
         Ok(Self { pairs, prompts })
     }
 }

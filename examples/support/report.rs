@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::evaluate::{Evaluation, deviation, mean};
+use super::table::table;
 use super::task::Pair;
 
 /// Before and after, in numbers.
@@ -55,54 +56,57 @@ impl Report {
         }
     }
 
-    /// Whether the reward rose while the summaries drifted away from the human ones.
-    pub fn looks_hacked(&self) -> bool {
-        self.reward_after > self.reward_before && self.rouge_l_after < self.rouge_l_before - 1.0
+    /// What held-out texts say of whether the reward was hacked: it rises while the summaries drift
+    /// away from the human ones.
+    pub fn verdict(&self) -> String {
+        let (before, after) = (self.rouge_l_before, self.rouge_l_after);
+        let rouge = format!("ROUGE-L to the human summary went from {before:.1} to {after:.1}");
+        if self.reward_after <= self.reward_before {
+            return format!("the reward did not rise; {rouge}");
+        }
+        match after < before - ROUGE_TOLERANCE {
+            true => format!(
+                "REWARD HACKING: the reward rose, but {rouge}. The reward model likes these \
+                 summaries more than people would; raise --kl-coef or lower --steps"
+            ),
+            false => format!("no sign of it: the reward rose, and {rouge}"),
+        }
     }
 }
 
+/// ROUGE-L that the samples of some hundred texts may lose by chance.
+const ROUGE_TOLERANCE: f64 = 1.0;
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{:<42}{:>9}{:>9}", "", "before", "after")?;
-        for (name, before, after, decimals) in [
-            ("mean reward", self.reward_before, self.reward_after, 2),
+        let percent = |share: f64| 100.0 * share;
+        let rows = [
+            ("mean reward", 2, [self.reward_before, self.reward_after]),
             (
                 "above the reference's mean, %",
-                100.0 * self.above_before,
-                100.0 * self.above_after,
                 0,
+                [percent(self.above_before), percent(self.above_after)],
             ),
-            ("KL to the reference, nats a summary", 0.0, self.kl, 2),
+            ("KL to the reference, nats a summary", 2, [0.0, self.kl]),
             (
                 "ROUGE-L to the human summary",
-                self.rouge_l_before,
-                self.rouge_l_after,
                 1,
+                [self.rouge_l_before, self.rouge_l_after],
             ),
-            ("length, tokens", self.length_before, self.length_after, 1),
+            ("length, tokens", 1, [self.length_before, self.length_after]),
             (
                 "finished, %",
-                100.0 * self.finished_before,
-                100.0 * self.finished_after,
                 0,
+                [percent(self.finished_before), percent(self.finished_after)],
             ),
-        ] {
-            writeln!(f, "{name:<42}{before:>9.decimals$}{after:>9.decimals$}")?;
-        }
+        ];
+        writeln!(f, "{}", table(["before", "after"], &rows)?)?;
         writeln!(
             f,
             "reward: {:+.2} standard deviations of the reference's; {:.0} s in all",
             (self.reward_after - self.reward_before) / self.reward_std_before,
             self.seconds
-        )?;
-        if self.looks_hacked() {
-            writeln!(
-                f,
-                "REWARD HACKING: the reward rose but ROUGE-L fell. The reward model likes these \
-                 summaries more than people would; raise --kl-coef or lower --steps."
-            )?;
-        }
-        Ok(())
+        )
     }
 }
 

@@ -80,6 +80,11 @@ impl SummaryTask {
         Ok(self.prompt_of(&self.text(text)?))
     }
 
+    /// The prompts that ask for summaries of these texts.
+    pub fn prompts(&self, pairs: &[Pair]) -> Result<Vec<Arc<[i64]>>, Box<dyn Error>> {
+        pairs.iter().map(|pair| self.prompt(&pair.text)).collect()
+    }
+
     /// A summary as the model should write it: a space, the words, the stop token.
     pub fn response(&self, summary: &str) -> Result<Vec<i64>, Box<dyn Error>> {
         let mut tokens = self.tokenizer.encode(&format!(" {summary}"))?;

@@ -28,16 +28,16 @@ pub fn taken(findings: &Findings) -> Vec<Finding> {
     }
 }
 
-/// Prints what was found, a paragraph each.
-pub fn print_findings(findings: &[Finding]) {
+/// What was found, a paragraph each; `looked_at`: what the watch had to go by.
+pub fn told(findings: &[Finding], looked_at: &str) -> String {
     match findings {
-        [] => println!("the watch saw nothing amiss\n"),
+        [] => format!("the watch saw nothing amiss in {looked_at}"),
         _ => {
-            println!("what the watch saw:");
-            for finding in findings {
-                println!("- {finding}");
-            }
-            println!();
+            let found = findings.iter().map(|finding| format!("\n- {finding}"));
+            format!(
+                "what the watch saw in {looked_at}:{}",
+                found.collect::<String>()
+            )
         }
     }
 }
