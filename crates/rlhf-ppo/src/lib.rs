@@ -149,6 +149,7 @@ mod microbatching;
 mod minibatch;
 mod mismatch;
 mod missing_eos;
+mod named_sums;
 mod order;
 mod policy_loss;
 mod pretraining;

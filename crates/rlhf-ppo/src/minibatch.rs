@@ -6,6 +6,7 @@ use rlhf_core::{Error as CoreError, LogprobOptions, Policy, Replicas, ValueModel
 use tch::{Kind, Tensor};
 
 use crate::critic::logprobs;
+use crate::named_sums::named_sums;
 use crate::rollout::{Microbatch, Targets};
 use crate::{
     Critic, Guarded, KlPlacement, PolicyLossInput, PpoConfig, Result, ValueLoss, ValueLossInput,
@@ -74,115 +75,64 @@ impl Counts {
 /// What a model's part of a microbatch adds to the minibatch's loss, and to its statistics.
 pub(crate) struct MicrobatchLoss {
     pub(crate) loss: Tensor,
-    /// `[PARTS]` f64, detached, still on the device: see [`Parts`].
+    /// `[Parts::COUNT]` f64, detached, still on the device: see [`Parts`].
     pub(crate) parts: Tensor,
 }
 
-/// What the microbatches' statistics add up to.
-#[derive(Clone, Copy, PartialEq, Debug, Default)]
-pub(crate) struct Parts {
-    loss: f64,
-    policy_loss: f64,
-    value_loss: f64,
-    cost_value_loss: f64,
-    kl_loss: f64,
-    /// Divergence from the policy of the rollout, as the guard estimates it.
-    pub(crate) moved: f64,
-    approx_kl: f64,
-    clipfrac: f64,
-    dual_clipfrac: f64,
-    value_clipfrac: f64,
-    pub(crate) ratio: f64,
-    ratio_deviation: f64,
-    entropy: f64,
-}
-
-const PARTS: usize = 13;
-
-/// Places in a row of statistics, in the order of [`Parts`].
-#[derive(Clone, Copy)]
-enum Part {
-    Loss,
-    PolicyLoss,
-    ValueLoss,
-    CostValueLoss,
-    KlLoss,
-    Moved,
-    ApproxKl,
-    Clipfrac,
-    DualClipfrac,
-    ValueClipfrac,
-    Ratio,
-    RatioDeviation,
-    Entropy,
+named_sums! {
+    /// What the microbatches' statistics add up to.
+    Parts {
+        loss,
+        policy_loss,
+        value_loss,
+        cost_value_loss,
+        kl_loss,
+        /// Divergence from the policy of the rollout, as the guard estimates it.
+        moved,
+        approx_kl,
+        clipfrac,
+        dual_clipfrac,
+        value_clipfrac,
+        ratio,
+        ratio_deviation,
+        entropy,
+    }
 }
 
 impl MicrobatchLoss {
     /// What is not among `parts` is 0.
-    fn new(loss: Tensor, parts: &[(Part, &Tensor)]) -> Result<Self> {
+    fn new(loss: Tensor, parts: Parts<Option<&Tensor>>) -> Result<Self> {
+        let parts = Parts {
+            loss: Some(&loss),
+            ..parts
+        };
         let nothing = Tensor::f_zeros([], (Kind::Double, loss.device()))?;
-        let mut row = [(); PARTS].map(|()| nothing.shallow_clone());
-        for &(part, value) in [(Part::Loss, &loss)].iter().chain(parts) {
-            let value = value.f_detach()?.f_to_device(loss.device())?;
-            row[part as usize] = value.f_to_kind(Kind::Double)?;
-        }
+        let row = parts.into_array().into_iter().map(|part| match part {
+            Some(value) => {
+                let value = value.f_detach()?.f_to_device(loss.device())?;
+                value.f_to_kind(Kind::Double)
+            }
+            None => Ok(nothing.shallow_clone()),
+        });
         Ok(Self {
-            parts: Tensor::f_stack(&row, 0)?,
+            parts: Tensor::f_stack(&row.collect::<Result<Vec<_>, _>>()?, 0)?,
             loss,
         })
     }
 }
 
-impl Parts {
+impl Parts<f64> {
     /// Adds up what the microbatches of all processes contributed; waits for the device.
     pub(crate) fn sum(parts: &[Tensor], replicas: &Replicas) -> rlhf_core::Result<Self> {
         let own = match parts.is_empty() {
-            true => vec![0.0; PARTS],
+            true => vec![0.0; Self::COUNT],
             false => {
                 let sum = Tensor::f_stack(parts, 0)?;
                 let sum = sum.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?;
                 Vec::<f64>::try_from(sum)?
             }
         };
-        let sum = replicas.sum::<CoreError>(Ok(own))?;
-        let [
-            loss,
-            policy_loss,
-            value_loss,
-            cost_value_loss,
-            kl_loss,
-            moved,
-            approx_kl,
-            clipfrac,
-            dual_clipfrac,
-            value_clipfrac,
-            ratio,
-            ratio_deviation,
-            entropy,
-        ] = sum[..]
-        else {
-            return Err(CoreError::LengthMismatch {
-                left: "a microbatch's statistics",
-                left_len: sum.len(),
-                right: "their names",
-                right_len: PARTS,
-            });
-        };
-        Ok(Self {
-            loss,
-            policy_loss,
-            value_loss,
-            cost_value_loss,
-            kl_loss,
-            moved,
-            approx_kl,
-            clipfrac,
-            dual_clipfrac,
-            value_clipfrac,
-            ratio,
-            ratio_deviation,
-            entropy,
-        })
+        Self::from_sums(replicas.sum::<CoreError>(Ok(own))?)
     }
 }
 
@@ -244,17 +194,21 @@ impl<P: Policy, V: Critic<P>> Learners<'_, P, V> {
         if model < first_cost {
             let values = self.critic.values_with(self.policy, &microbatch.batch)?;
             let part = self.value_loss(&values, &microbatch.values, microbatch, counts)?;
-            let parts = [
-                (Part::ValueLoss, &part.loss),
-                (Part::ValueClipfrac, &part.clipfrac),
-            ];
-            return MicrobatchLoss::new(&part.loss * self.config.vf_coef, &parts);
+            let parts = Parts {
+                value_loss: Some(&part.loss),
+                value_clipfrac: Some(&part.clipfrac),
+                ..Parts::default()
+            };
+            return MicrobatchLoss::new(&part.loss * self.config.vf_coef, parts);
         }
         let cost = model - first_cost;
         let values = self.cost_critics[cost].values(&microbatch.batch)?;
         let part = self.value_loss(&values, &microbatch.costs[cost], microbatch, counts)?;
-        let parts = [(Part::CostValueLoss, &part.loss)];
-        MicrobatchLoss::new(&part.loss * self.config.vf_coef, &parts)
+        let parts = Parts {
+            cost_value_loss: Some(&part.loss),
+            ..Parts::default()
+        };
+        MicrobatchLoss::new(&part.loss * self.config.vf_coef, parts)
     }
 
     /// The policy's, with that of a critic on its trunk.
@@ -293,15 +247,16 @@ impl<P: Policy, V: Critic<P>> Learners<'_, P, V> {
             help: "a policy returns it where LogprobOptions::entropy asks for it",
         })?;
         let entropy = masked_sum(&entropy, &mask) / counts.tokens;
-        let mut parts = vec![
-            (Part::PolicyLoss, &of_policy.loss),
-            (Part::ApproxKl, &of_policy.approx_kl),
-            (Part::Clipfrac, &of_policy.clipfrac),
-            (Part::DualClipfrac, &of_policy.dual_clipfrac),
-            (Part::Ratio, &of_policy.ratio),
-            (Part::RatioDeviation, &of_policy.ratio_deviation),
-            (Part::Entropy, &entropy),
-        ];
+        let mut parts = Parts {
+            policy_loss: Some(&of_policy.loss),
+            approx_kl: Some(&of_policy.approx_kl),
+            clipfrac: Some(&of_policy.clipfrac),
+            dual_clipfrac: Some(&of_policy.dual_clipfrac),
+            ratio: Some(&of_policy.ratio),
+            ratio_deviation: Some(&of_policy.ratio_deviation),
+            entropy: Some(&entropy),
+            ..Parts::default()
+        };
 
         let mut loss = of_policy.loss.shallow_clone();
         let of_values = match &values {
@@ -312,8 +267,8 @@ impl<P: Policy, V: Critic<P>> Learners<'_, P, V> {
         };
         if let Some(of_values) = &of_values {
             loss = loss + of_values.loss.to_device(device) * config.vf_coef;
-            parts.push((Part::ValueLoss, &of_values.loss));
-            parts.push((Part::ValueClipfrac, &of_values.clipfrac));
+            parts.value_loss = Some(&of_values.loss);
+            parts.value_clipfrac = Some(&of_values.clipfrac);
         }
         if config.entropy_coef > 0.0 {
             loss = loss - &entropy * config.entropy_coef;
@@ -324,17 +279,15 @@ impl<P: Policy, V: Critic<P>> Learners<'_, P, V> {
         });
         if let Some(kl_loss) = &kl_loss {
             loss = loss + kl_loss * self.kl_coef;
-            parts.push((Part::KlLoss, kl_loss));
         }
+        parts.kl_loss = kl_loss.as_ref();
         let moved = config.guards.kl.as_ref().map(|guard| {
             let _no_grad = tch::no_grad_guard();
             let kl = guard.estimator.estimate(&old_logprobs, &new.logprobs);
             masked_sum(&kl, &mask) / counts.tokens
         });
-        if let Some(moved) = &moved {
-            parts.push((Part::Moved, moved));
-        }
-        MicrobatchLoss::new(loss, &parts)
+        parts.moved = moved.as_ref();
+        MicrobatchLoss::new(loss, parts)
     }
 
     fn value_loss(
@@ -369,7 +322,7 @@ impl PpoConfig {
 
 impl MinibatchStats {
     /// Of a step that was taken, or skipped by loss scaling.
-    pub(crate) fn new(parts: Parts, update: &rlhf_scale::UpdateStats) -> Self {
+    pub(crate) fn new(parts: Parts<f64>, update: &rlhf_scale::UpdateStats) -> Self {
         Self {
             loss: update.loss,
             grad_norm: update.grad_norm,
@@ -380,14 +333,14 @@ impl MinibatchStats {
     }
 
     /// Of a step that a guard kept from being taken.
-    pub(crate) fn guarded(parts: Parts, lr: f64, guarded: Guarded) -> Self {
+    pub(crate) fn guarded(parts: Parts<f64>, lr: f64, guarded: Guarded) -> Self {
         Self {
             guarded: Some(guarded),
             ..Self::untaken(parts, lr)
         }
     }
 
-    fn untaken(parts: Parts, lr: f64) -> Self {
+    fn untaken(parts: Parts<f64>, lr: f64) -> Self {
         Self {
             loss: parts.loss,
             policy_loss: parts.policy_loss,
@@ -424,38 +377,38 @@ mod tests {
     #[test]
     fn microbatches_add_up_and_ratios_have_a_variance() {
         // Ratios 1.5 and 1.5 in one microbatch, 1 in the other: mean 4/3, variance 1/18.
-        let part = |numbers: [f64; PARTS]| Tensor::from_slice(&numbers);
+        let part = |parts: Parts<f64>| Tensor::from_slice(&parts.into_array());
         let parts = [
-            part([
-                9.0,
-                0.1,
-                0.2,
-                1.0,
-                2.0,
-                3.0,
-                0.3,
-                0.0,
-                0.25,
-                0.5,
-                1.0,
-                0.5 / 3.0,
-                1.0,
-            ]),
-            part([
-                9.0,
-                0.2,
-                0.3,
-                1.5,
-                2.5,
-                3.5,
-                0.4,
-                0.1,
-                0.25,
-                0.0,
-                1.0 / 3.0,
-                0.0,
-                2.0,
-            ]),
+            part(Parts {
+                loss: 9.0,
+                policy_loss: 0.1,
+                value_loss: 0.2,
+                cost_value_loss: 1.0,
+                kl_loss: 2.0,
+                moved: 3.0,
+                approx_kl: 0.3,
+                clipfrac: 0.0,
+                dual_clipfrac: 0.25,
+                value_clipfrac: 0.5,
+                ratio: 1.0,
+                ratio_deviation: 0.5 / 3.0,
+                entropy: 1.0,
+            }),
+            part(Parts {
+                loss: 9.0,
+                policy_loss: 0.2,
+                value_loss: 0.3,
+                cost_value_loss: 1.5,
+                kl_loss: 2.5,
+                moved: 3.5,
+                approx_kl: 0.4,
+                clipfrac: 0.1,
+                dual_clipfrac: 0.25,
+                value_clipfrac: 0.0,
+                ratio: 1.0 / 3.0,
+                ratio_deviation: 0.0,
+                entropy: 2.0,
+            }),
         ];
         let update = rlhf_scale::UpdateStats {
             loss: 7.0,

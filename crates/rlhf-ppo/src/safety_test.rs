@@ -26,7 +26,28 @@ fn test(
     constraints.safety(&written)
 }
 
-impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
+macro_rules! safety_tested {
+    ([$($generics:tt)*] $trainer:ty, $(#[$doc:meta])*) => {
+        impl<$($generics)*> $trainer {
+            $(#[$doc])*
+            ///
+            /// # Errors
+            /// No constraint, no prompt; the constraints' and the policy's own.
+            pub fn safety_test(&self, prompts: &[Arc<[i64]>], seed: u64) -> Result<SafetyReport> {
+                test(
+                    &self.policy,
+                    &self.constraints,
+                    &self.config.generation,
+                    self.detokenizer.as_deref(),
+                    (prompts, seed),
+                )
+            }
+        }
+    };
+}
+
+safety_tested! {
+    [P: Policy, V: Critic<P>] PpoTrainer<P, V>,
     /// Samples one response to each of `prompts`, which should be none that was trained on, and
     /// counts how often each constraint is broken. Random numbers follow from `seed`; take another
     /// than the run's own. Nothing is changed.
@@ -42,38 +63,9 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
     /// # Ok(())
     /// # }
     /// ```
-    ///
-    /// # Errors
-    /// No constraint, no prompt; the constraints' and the policy's own.
-    pub fn safety_test(&self, prompts: &[Arc<[i64]>], seed: u64) -> Result<SafetyReport> {
-        let detokenizer = self.detokenizer.as_deref();
-        let generation = &self.config.generation;
-        let held_out = (prompts, seed);
-        test(
-            &self.policy,
-            &self.constraints,
-            generation,
-            detokenizer,
-            held_out,
-        )
-    }
 }
 
-impl<P: Policy> GrpoTrainer<P> {
+safety_tested! {
+    [P: Policy] GrpoTrainer<P>,
     /// As [`PpoTrainer::safety_test`].
-    ///
-    /// # Errors
-    /// No constraint, no prompt; the constraints' and the policy's own.
-    pub fn safety_test(&self, prompts: &[Arc<[i64]>], seed: u64) -> Result<SafetyReport> {
-        let detokenizer = self.detokenizer.as_deref();
-        let generation = &self.config.generation;
-        let held_out = (prompts, seed);
-        test(
-            &self.policy,
-            &self.constraints,
-            generation,
-            detokenizer,
-            held_out,
-        )
-    }
 }

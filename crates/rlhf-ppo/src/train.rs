@@ -106,161 +106,108 @@ fn resume<T: PromptTrainer>(trainer: &mut T, store: &CheckpointStore) -> Result<
     Ok(trainer.steps_done())
 }
 
-impl<P: Policy, V: Critic<P>> PromptTrainer for PpoTrainer<P, V> {
-    const PHASE: &'static str = "ppo";
+/// What both trainers have of the loop, beside the step: the trait, and the methods that users see.
+macro_rules! trained_on_prompts {
+    (
+        [$($generics:tt)*] $trainer:ty, phase $phase:literal,
+        step $step:expr,
+        $(#[doc = $prompts:literal])*
+    ) => {
+        impl<$($generics)*> PromptTrainer for $trainer {
+            const PHASE: &'static str = $phase;
 
-    fn seed(&self) -> u64 {
-        self.config.seed
-    }
+            fn seed(&self) -> u64 {
+                self.config.seed
+            }
 
-    fn batch_size(&self) -> usize {
-        self.config.batch_size
-    }
+            fn batch_size(&self) -> usize {
+                self.config.batch_size
+            }
 
-    fn steps_done(&self) -> u64 {
-        self.steps_done
-    }
+            fn steps_done(&self) -> u64 {
+                self.steps_done
+            }
 
-    fn cursor(&mut self) -> &mut Option<DataCursor> {
-        &mut self.cursor
-    }
+            fn cursor(&mut self) -> &mut Option<DataCursor> {
+                &mut self.cursor
+            }
 
-    fn step_on(&mut self, wanted: usize, next: &mut NextPrompts<'_>) -> Result<Stats> {
-        self.step(&next(wanted))
-    }
+            fn step_on(&mut self, wanted: usize, next: &mut NextPrompts<'_>) -> Result<Stats> {
+                $step(self, wanted, next)
+            }
 
-    fn save_to(&self, dir: &Path) -> Result<()> {
-        self.save(dir)
-    }
+            fn save_to(&self, dir: &Path) -> Result<()> {
+                self.save(dir)
+            }
 
-    fn load_from(&mut self, dir: &Path) -> Result<()> {
-        self.load(dir)
-    }
+            fn load_from(&mut self, dir: &Path) -> Result<()> {
+                self.load(dir)
+            }
+        }
+
+        impl<$($generics)*> $trainer {
+            /// Trains until `steps` steps are done, those that a loaded trainer had behind it
+            /// included.
+            ///
+            $(#[doc = $prompts])*
+            /// Observers are told after each step, in phase
+            #[doc = concat!("`\"", $phase, "\"`,")]
+            /// and may end the run.
+            ///
+            /// # Errors
+            /// No prompts; other prompts than a loaded trainer was trained on; those of
+            /// [`step`](Self::step) and of the observers. What was done up to then stays.
+            pub fn train(
+                &mut self,
+                prompts: &[Arc<[i64]>],
+                steps: u64,
+                observers: &mut [Box<dyn Observer + '_>],
+            ) -> Result<()> {
+                train(self, prompts, steps, observers, None)
+            }
+
+            /// [`train`](Self::train), with a checkpoint every so many steps and at the end, and
+            /// going on from the newest that is there: a run that was killed, and is started again
+            /// in the same way, ends with the same weights as one that was left alone.
+            ///
+            /// For a metrics file that is whole too, call [`resume`](Self::resume) first and start
+            /// a [`JsonlObserver`](rlhf_core::JsonlObserver) from the step it returns.
+            ///
+            /// # Errors
+            /// Those of [`train`](Self::train), of [`save`](Self::save) and [`load`](Self::load);
+            /// [`InvalidConfig`](rlhf_core::Error::InvalidConfig) if `checkpoints.every` is 0.
+            pub fn train_with_checkpoints(
+                &mut self,
+                prompts: &[Arc<[i64]>],
+                steps: u64,
+                observers: &mut [Box<dyn Observer + '_>],
+                checkpoints: &CheckpointConfig,
+            ) -> Result<()> {
+                train(self, prompts, steps, observers, Some(checkpoints))
+            }
+
+            /// Loads the newest checkpoint of `store`, if it is further than this trainer. Returns
+            /// the steps done.
+            ///
+            /// # Errors
+            /// Those of [`CheckpointStore::latest`] and [`load`](Self::load).
+            pub fn resume(&mut self, store: &CheckpointStore) -> Result<u64> {
+                resume(self, store)
+            }
+        }
+    };
 }
 
-impl<P: Policy> PromptTrainer for GrpoTrainer<P> {
-    const PHASE: &'static str = "grpo";
-
-    fn seed(&self) -> u64 {
-        self.config.seed
-    }
-
-    fn batch_size(&self) -> usize {
-        self.config.batch_size
-    }
-
-    fn steps_done(&self) -> u64 {
-        self.steps_done
-    }
-
-    fn cursor(&mut self) -> &mut Option<DataCursor> {
-        &mut self.cursor
-    }
-
-    fn step_on(&mut self, wanted: usize, next: &mut NextPrompts<'_>) -> Result<Stats> {
-        self.step_from(wanted, next)
-    }
-
-    fn save_to(&self, dir: &Path) -> Result<()> {
-        self.save(dir)
-    }
-
-    fn load_from(&mut self, dir: &Path) -> Result<()> {
-        self.load(dir)
-    }
-}
-
-impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
-    /// Trains until `steps` steps are done, those that a loaded trainer had behind it included.
-    ///
+trained_on_prompts! {
+    [P: Policy, V: Critic<P>] PpoTrainer<P, V>, phase "ppo",
+    step |trainer: &mut Self, wanted, next: &mut NextPrompts<'_>| trainer.step(&next(wanted)),
     /// Each step takes the next `batch_size` of the prompts, which every epoch visits in an order
-    /// of its own. Observers are told after each step, in phase `"ppo"`, and may end the run.
-    ///
-    /// # Errors
-    /// No prompts; other prompts than a loaded trainer was trained on; those of
-    /// [`step`](Self::step) and of the observers. What was done up to then stays.
-    pub fn train(
-        &mut self,
-        prompts: &[Arc<[i64]>],
-        steps: u64,
-        observers: &mut [Box<dyn Observer + '_>],
-    ) -> Result<()> {
-        train(self, prompts, steps, observers, None)
-    }
-
-    /// [`train`](Self::train), with a checkpoint every so many steps and at the end, and going on
-    /// from the newest that is there: a run that was killed, and is started again in the same
-    /// way, ends with the same weights as one that was left alone.
-    ///
-    /// For a metrics file that is whole too, call [`resume`](Self::resume) first and start a
-    /// [`JsonlObserver`](rlhf_core::JsonlObserver) from the step it returns.
-    ///
-    /// # Errors
-    /// Those of [`train`](Self::train), of [`save`](Self::save) and [`load`](Self::load);
-    /// [`InvalidConfig`](rlhf_core::Error::InvalidConfig) if `checkpoints.every` is 0.
-    pub fn train_with_checkpoints(
-        &mut self,
-        prompts: &[Arc<[i64]>],
-        steps: u64,
-        observers: &mut [Box<dyn Observer + '_>],
-        checkpoints: &CheckpointConfig,
-    ) -> Result<()> {
-        train(self, prompts, steps, observers, Some(checkpoints))
-    }
-
-    /// Loads the newest checkpoint of `store`, if it is further than this trainer. Returns the
-    /// steps done.
-    ///
-    /// # Errors
-    /// Those of [`CheckpointStore::latest`] and [`load`](Self::load).
-    pub fn resume(&mut self, store: &CheckpointStore) -> Result<u64> {
-        resume(self, store)
-    }
+    /// of its own.
 }
 
-impl<P: Policy> GrpoTrainer<P> {
-    /// Trains until `steps` steps are done, those that a loaded trainer had behind it included.
-    ///
+trained_on_prompts! {
+    [P: Policy] GrpoTrainer<P>, phase "grpo",
+    step Self::step_from,
     /// Each step takes the next `batch_size` of the prompts, which every epoch visits in an order
-    /// of its own; with dynamic sampling, as many more as it needs. Observers are told after each
-    /// step, in phase `"grpo"`, and may end the run.
-    ///
-    /// # Errors
-    /// No prompts; other prompts than a loaded trainer was trained on; those of
-    /// [`step`](Self::step) and of the observers. What was done up to then stays.
-    pub fn train(
-        &mut self,
-        prompts: &[Arc<[i64]>],
-        steps: u64,
-        observers: &mut [Box<dyn Observer + '_>],
-    ) -> Result<()> {
-        train(self, prompts, steps, observers, None)
-    }
-
-    /// [`train`](Self::train), with a checkpoint every so many steps and at the end, and going on
-    /// from the newest that is there: a run that was killed, and is started again in the same
-    /// way, ends with the same weights as one that was left alone. For the metrics file, see
-    /// [`PpoTrainer::train_with_checkpoints`].
-    ///
-    /// # Errors
-    /// Those of [`train`](Self::train), of [`save`](Self::save) and [`load`](Self::load);
-    /// [`InvalidConfig`](rlhf_core::Error::InvalidConfig) if `checkpoints.every` is 0.
-    pub fn train_with_checkpoints(
-        &mut self,
-        prompts: &[Arc<[i64]>],
-        steps: u64,
-        observers: &mut [Box<dyn Observer + '_>],
-        checkpoints: &CheckpointConfig,
-    ) -> Result<()> {
-        train(self, prompts, steps, observers, Some(checkpoints))
-    }
-
-    /// Loads the newest checkpoint of `store`, if it is further than this trainer. Returns the
-    /// steps done.
-    ///
-    /// # Errors
-    /// Those of [`CheckpointStore::latest`] and [`load`](Self::load).
-    pub fn resume(&mut self, store: &CheckpointStore) -> Result<u64> {
-        resume(self, store)
-    }
+    /// of its own; with dynamic sampling, as many more as it needs.
 }

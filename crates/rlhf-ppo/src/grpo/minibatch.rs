@@ -8,6 +8,7 @@ use super::config::GrpoConfig;
 use super::loss::{GroupLossInput, group_loss};
 use super::off_policy::importance_weights;
 use super::rollout::Microbatch;
+use crate::named_sums::named_sums;
 use crate::{Result, critic};
 
 /// What one optimiser step did, however it was split into microbatches. "Mean over ratios" is
@@ -61,10 +62,29 @@ pub struct Mismatch {
 /// A microbatch's share of the loss, and of the statistics.
 pub(crate) struct MicrobatchLoss {
     pub(crate) loss: Tensor,
-    /// `[SUMS]` f64, detached, on the device.
+    /// `[Sums::COUNT]` f64, detached, on the device: see [`Sums`].
     pub(crate) sums: Tensor,
     /// The greatest mismatch, scalar f64.
     pub(crate) max: Tensor,
+}
+
+named_sums! {
+    /// What the microbatches' statistics add up to.
+    Sums {
+        policy_loss,
+        kl_in_loss,
+        kl,
+        clipped_low,
+        clipped_high,
+        ratio,
+        ratio_deviation,
+        approx_kl,
+        entropy,
+        /// The sampler's and the trainer's log-probabilities apart.
+        gap,
+        /// Weights that correct for that.
+        importance,
+    }
 }
 
 /// What the sums of statistics are divided by, of a whole minibatch.
@@ -129,26 +149,26 @@ pub(crate) fn microbatch_loss(
     let nothing = || Tensor::zeros([], (Kind::Double, device));
     let moved = new.logprobs.detach() - &old_logprobs;
     let gap = sampling.map(|s| (&old_logprobs - s).abs().masked_fill(&outside, 0.0));
-    let sums = [
-        out.policy.to_kind(Kind::Double),
-        out.kl.as_ref().map_or_else(nothing, over_tokens),
-        ref_logprobs.map_or_else(nothing, |r| total(&(&old_logprobs - r)) / counts.answers),
-        over_ratios(&out.clipped_low),
-        over_ratios(&out.clipped_high),
-        over_ratios(&out.ratio),
-        over_ratios(&(&out.ratio - 1.0).square()),
-        over_tokens(&(moved.square() * 0.5)),
-        over_tokens(&entropy.detach()),
-        gap.as_ref().map_or_else(nothing, over_tokens),
-        over_tokens(
+    let sums = Sums {
+        policy_loss: out.policy.to_kind(Kind::Double),
+        kl_in_loss: out.kl.as_ref().map_or_else(nothing, over_tokens),
+        kl: ref_logprobs.map_or_else(nothing, |r| total(&(&old_logprobs - r)) / counts.answers),
+        clipped_low: over_ratios(&out.clipped_low),
+        clipped_high: over_ratios(&out.clipped_high),
+        ratio: over_ratios(&out.ratio),
+        ratio_deviation: over_ratios(&(&out.ratio - 1.0).square()),
+        approx_kl: over_tokens(&(moved.square() * 0.5)),
+        entropy: over_tokens(&entropy.detach()),
+        gap: gap.as_ref().map_or_else(nothing, over_tokens),
+        importance: over_tokens(
             &importance
                 .unwrap_or_else(|| out.ratio.ones_like())
                 .expand_as(&mask),
         ),
-    ];
+    };
     Ok(MicrobatchLoss {
         loss: out.loss,
-        sums: Tensor::f_stack(&sums, 0)?,
+        sums: Tensor::f_stack(&sums.into_array(), 0)?,
         max: gap.map_or_else(nothing, |gap| gap.max().to_kind(Kind::Double)),
     })
 }
@@ -180,46 +200,26 @@ impl GroupMinibatchStats {
             help: "give it at least one answer",
         })?;
         let sums = sums.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?;
-        let max = maxima.f_max()?.f_view([1])?;
-        let numbers = Vec::<f64>::try_from(Tensor::f_cat(&[sums, max], 0)?)?;
-        let [
-            policy_loss,
-            kl_in_loss,
-            kl,
-            low,
-            high,
-            ratio,
-            deviation,
-            approx_kl,
-            entropy,
-            gap,
-            weight,
-            max,
-        ] = numbers[..]
-        else {
-            return Err(CoreError::LengthMismatch {
-                left: "the statistics of a minibatch",
-                left_len: numbers.len(),
-                right: "those that it should have",
-                right_len: 12,
-            });
-        };
+        let sums = Sums::from_sums(Vec::<f64>::try_from(sums)?)?;
         Ok(Self {
             loss: update.loss,
-            policy_loss,
-            kl_in_loss,
-            kl: measured.reference.then_some(kl),
-            clipfrac_low: low,
-            clipfrac_high: high,
-            ratio,
-            ratio_var: deviation - (ratio - 1.0).powi(2),
-            approx_kl,
-            entropy,
-            mismatch: measured.sampling.then_some(Mismatch {
-                mean: gap,
-                max,
-                weight,
-            }),
+            policy_loss: sums.policy_loss,
+            kl_in_loss: sums.kl_in_loss,
+            kl: measured.reference.then_some(sums.kl),
+            clipfrac_low: sums.clipped_low,
+            clipfrac_high: sums.clipped_high,
+            ratio: sums.ratio,
+            ratio_var: sums.ratio_deviation - (sums.ratio - 1.0).powi(2),
+            approx_kl: sums.approx_kl,
+            entropy: sums.entropy,
+            mismatch: match measured.sampling {
+                true => Some(Mismatch {
+                    mean: sums.gap,
+                    max: f64::try_from(maxima.f_max()?)?,
+                    weight: sums.importance,
+                }),
+                false => None,
+            },
             grad_norm: update.grad_norm,
             lr: update.lr,
             skipped: update.skipped,
