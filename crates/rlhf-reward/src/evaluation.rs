@@ -1,110 +1,25 @@
 //! How far to trust a reward model: accuracy where it matters, calibration, agreement.
 
 mod agreement;
+mod buckets;
+mod histogram;
+mod length;
+mod scored_pair;
 mod table;
 
-use rlhf_core::{Completions, Error as CoreError, Preference, PreferenceBatch, RewardModel};
+use rlhf_core::{Preference, RewardModel};
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor};
 
-use crate::screen::usable;
 use crate::{Result, Skipped};
 
+use buckets::{calibration, fifths};
+use scored_pair::check;
+
 pub use agreement::{Agreement, agreement};
-
-/// The scores of one comparison.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct ScoredPair {
-    /// Score of the answer that was preferred.
-    pub chosen: f64,
-    /// Score of the other one.
-    pub rejected: f64,
-    /// By how much the first was preferred, where the labellers said so.
-    pub label_margin: Option<f64>,
-    /// Tokens of the answer that was preferred.
-    pub chosen_len: usize,
-    /// Tokens of the other one.
-    pub rejected_len: usize,
-}
-
-impl ScoredPair {
-    /// Chosen minus rejected score.
-    pub fn difference(&self) -> f64 {
-        self.chosen - self.rejected
-    }
-
-    /// Whether the preferred answer scores strictly higher.
-    pub fn is_right(&self) -> bool {
-        self.chosen > self.rejected
-    }
-
-    /// Chosen minus rejected tokens.
-    pub fn length_difference(&self) -> i64 {
-        self.chosen_len as i64 - self.rejected_len as i64
-    }
-
-    /// The probability that Bradley and Terry give to the model's own choice, in `0.5..=1`.
-    pub fn confidence(&self) -> f64 {
-        1.0 / (1.0 + (-self.difference().abs()).exp())
-    }
-}
-
-/// Scores comparisons, `batch_size` of them at a time; both answers of a pair are in one batch and
-/// share their prompt. Pairs with equal answers or an empty one are left out and counted.
-///
-/// # Errors
-/// No pairs, or none that can be compared; a score that is not finite; those of the model.
-pub fn score_pairs(
-    model: &dyn RewardModel,
-    pairs: &[Preference],
-    batch_size: usize,
-) -> Result<(Vec<ScoredPair>, Skipped)> {
-    let _no_grad = tch::no_grad_guard();
-    let (batch, skipped) = usable(&PreferenceBatch::new(pairs.to_vec())?)?;
-    let mut scored = Vec::with_capacity(batch.len());
-    for part in batch.split(batch_size)? {
-        let completions = Completions::written(part.interleaved()?);
-        let scores = model.score(&completions)?;
-        crate::ensemble::one_a_completion(&scores, completions.batch.len() as i64)?;
-        let scores = values(&scores)?;
-        for (pair, sides) in part.pairs().iter().zip(scores.chunks(2)) {
-            if let Some(value) = sides.iter().find(|score| !score.is_finite()) {
-                return Err(CoreError::NonFinite {
-                    what: "score",
-                    row: scored.len(),
-                    value: *value,
-                }
-                .into());
-            }
-            scored.push(ScoredPair {
-                chosen: sides[0],
-                rejected: sides[1],
-                label_margin: pair.margin,
-                chosen_len: pair.chosen.len(),
-                rejected_len: pair.rejected.len(),
-            });
-        }
-    }
-    Ok((scored, skipped))
-}
-
-fn values(scores: &Tensor) -> Result<Vec<f64>> {
-    let scores = scores.to_device(Device::Cpu).to_kind(Kind::Double);
-    Ok(Vec::try_from(scores.contiguous()).map_err(CoreError::from)?)
-}
-
-/// Right answers among some pairs.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Bucket {
-    /// Which pairs these are.
-    pub name: String,
-    /// How many there are.
-    pub pairs: usize,
-    /// Share of them that the model gets right; `None` of none.
-    pub accuracy: Option<f64>,
-    /// Mean of what they were put into this bucket by; `None` of none.
-    pub mean: Option<f64>,
-}
+pub use buckets::Bucket;
+pub use histogram::Histogram;
+pub use length::LengthBias;
+pub use scored_pair::{ScoredPair, score_pairs};
 
 /// What is known about a reward model from held-out comparisons.
 ///
@@ -140,39 +55,6 @@ pub struct PairReport {
     pub histogram: Histogram,
 }
 
-/// Whether longer is always better.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct LengthBias {
-    /// Mean tokens of the preferred answers.
-    pub mean_chosen: f64,
-    /// Mean tokens of the others.
-    pub mean_rejected: f64,
-    /// Share of pairs in which the longer answer was preferred (of those of different length).
-    pub people_prefer_longer: Option<f64>,
-    /// Share of them in which the *model* prefers the longer answer.
-    pub model_prefers_longer: Option<f64>,
-    /// Accuracy of always saying what length says, longer or shorter, whichever is right more
-    /// often; a pair of equal length counts half. What the model must beat to have learnt
-    /// anything else.
-    pub length_rule_accuracy: f64,
-    /// Accuracy of the model where that rule is wrong.
-    pub accuracy_against_rule: Option<f64>,
-    /// Pearson's correlation of score difference and length difference over all pairs; `None`
-    /// where one of them does not vary.
-    pub correlation: Option<f64>,
-}
-
-/// Counts of scores in intervals of equal width.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Histogram {
-    /// Bounds of the intervals, one more than there are of them.
-    pub edges: Vec<f64>,
-    /// Preferred answers in each.
-    pub chosen: Vec<usize>,
-    /// The others.
-    pub rejected: Vec<usize>,
-}
-
 impl PairReport {
     /// The report of these scores.
     ///
@@ -200,7 +82,7 @@ impl PairReport {
             log_loss: pairs.iter().map(log_loss).sum::<f64>() / count,
             by_score_margin: fifths(&all, |p| p.difference().abs()),
             by_label_margin: fifths(&labelled, |p| p.label_margin.unwrap_or(0.0)),
-            by_length: by_length(pairs),
+            by_length: length::by_length(pairs),
             length: LengthBias::of(pairs),
             calibration_error: calibration.iter().map(gap).sum::<f64>() / count,
             calibration,
@@ -222,161 +104,6 @@ impl PairReport {
     }
 }
 
-fn check(pairs: &[ScoredPair]) -> Result<()> {
-    if pairs.is_empty() {
-        return Err(CoreError::Empty {
-            what: "the comparisons",
-            help: "give at least one scored pair",
-        }
-        .into());
-    }
-    let off = |p: &ScoredPair| !p.chosen.is_finite() || !p.rejected.is_finite();
-    match pairs.iter().position(off) {
-        Some(row) => Err(CoreError::NonFinite {
-            what: "score",
-            row,
-            value: match pairs[row].chosen.is_finite() {
-                true => pairs[row].rejected,
-                false => pairs[row].chosen,
-            },
-        }
-        .into()),
-        None => Ok(()),
-    }
-}
-
-fn bucket(name: String, pairs: &[&ScoredPair], by: impl Fn(&ScoredPair) -> f64) -> Bucket {
-    let mean_of = |value: &dyn Fn(&ScoredPair) -> f64| {
-        let sum: f64 = pairs.iter().map(|p| value(p)).sum();
-        (!pairs.is_empty()).then(|| sum / pairs.len() as f64)
-    };
-    Bucket {
-        name,
-        pairs: pairs.len(),
-        accuracy: mean_of(&|p| f64::from(p.is_right())),
-        mean: mean_of(&by),
-    }
-}
-
-/// The pairs in order of `by`, cut into five parts as equal as can be.
-fn fifths(pairs: &[&ScoredPair], by: impl Fn(&ScoredPair) -> f64) -> Vec<Bucket> {
-    let mut sorted = pairs.to_vec();
-    sorted.sort_by(|a, b| by(a).total_cmp(&by(b)));
-    (0..5)
-        .map(|i| &sorted[i * sorted.len() / 5..(i + 1) * sorted.len() / 5])
-        .filter(|part| !part.is_empty())
-        .map(|part| {
-            let (low, high) = (by(part[0]), by(part[part.len() - 1]));
-            bucket(format!("{low:.3} to {high:.3}"), part, &by)
-        })
-        .collect()
-}
-
-/// Whether a difference in length belongs to a bucket.
-type Includes = fn(i64) -> bool;
-
-fn by_length(pairs: &[ScoredPair]) -> Vec<Bucket> {
-    let bounds: [(&str, Includes); 5] = [
-        ("chosen shorter by 10 tokens or more", |d| d <= -10),
-        ("chosen shorter by 1 to 9", |d| (-9..0).contains(&d)),
-        ("same length", |d| d == 0),
-        ("chosen longer by 1 to 9", |d| (1..10).contains(&d)),
-        ("chosen longer by 10 or more", |d| d >= 10),
-    ];
-    bounds
-        .into_iter()
-        .map(|(name, within)| {
-            let part: Vec<_> = pairs
-                .iter()
-                .filter(|p| within(p.length_difference()))
-                .collect();
-            bucket(name.into(), &part, |p| p.length_difference() as f64)
-        })
-        .collect()
-}
-
-/// Ten bins of the confidence, `0.5..0.55` and so on: a model says nothing below a half.
-fn calibration(pairs: &[ScoredPair]) -> Vec<Bucket> {
-    const BINS: usize = 10;
-    let bin =
-        |p: &ScoredPair| (((p.confidence() - 0.5) * 2.0 * BINS as f64) as usize).min(BINS - 1);
-    (0..BINS)
-        .map(|i| {
-            let part: Vec<_> = pairs.iter().filter(|p| bin(p) == i).collect();
-            let bound = |i: usize| 0.5 + i as f64 / (2 * BINS) as f64;
-            let name = format!("{:.2} to {:.2}", bound(i), bound(i + 1));
-            bucket(name, &part, ScoredPair::confidence)
-        })
-        .collect()
-}
-
-impl LengthBias {
-    fn of(pairs: &[ScoredPair]) -> Self {
-        let count = pairs.len() as f64;
-        let mean = |tokens: fn(&ScoredPair) -> usize| {
-            pairs.iter().map(|p| tokens(p) as f64).sum::<f64>() / count
-        };
-        let differ: Vec<_> = pairs
-            .iter()
-            .filter(|p| p.length_difference() != 0)
-            .collect();
-        let share = |of: &[&ScoredPair], is: &dyn Fn(&ScoredPair) -> bool| {
-            let found = of.iter().filter(|p| is(p)).count();
-            (!of.is_empty()).then(|| found as f64 / of.len() as f64)
-        };
-        let longer_chosen = |p: &ScoredPair| p.length_difference() > 0;
-        let people = share(&differ, &longer_chosen);
-        let longer_is_better = people.is_none_or(|share| share >= 0.5);
-        let against: Vec<_> = differ
-            .iter()
-            .copied()
-            .filter(|p| longer_chosen(p) != longer_is_better)
-            .collect();
-        let by_rule = differ.len() - against.len();
-        let ties = (pairs.len() - differ.len()) as f64;
-        let series =
-            |value: &dyn Fn(&ScoredPair) -> f64| pairs.iter().map(value).collect::<Vec<_>>();
-        Self {
-            mean_chosen: mean(|p| p.chosen_len),
-            mean_rejected: mean(|p| p.rejected_len),
-            people_prefer_longer: people,
-            model_prefers_longer: share(&differ, &|p| {
-                let (score, length) = (p.difference(), p.length_difference() as f64);
-                score * length > 0.0
-            }),
-            length_rule_accuracy: (by_rule as f64 + 0.5 * ties) / count,
-            accuracy_against_rule: share(&against, &ScoredPair::is_right),
-            // Neither side of a pair comes first, so the correlation is about 0, not the means.
-            correlation: uncentred_correlation(
-                &series(&ScoredPair::difference),
-                &series(&|p| p.length_difference() as f64),
-            ),
-        }
-    }
-}
-
-impl Histogram {
-    fn of(pairs: &[ScoredPair]) -> Self {
-        const BINS: usize = 20;
-        let all = || pairs.iter().flat_map(|p| [p.chosen, p.rejected]);
-        let low = all().fold(f64::INFINITY, f64::min);
-        let high = all().fold(f64::NEG_INFINITY, f64::max);
-        let width = ((high - low) / BINS as f64).max(f64::MIN_POSITIVE);
-        let count = |side: fn(&ScoredPair) -> f64| {
-            let mut counts = vec![0; BINS];
-            for pair in pairs {
-                counts[(((side(pair) - low) / width) as usize).min(BINS - 1)] += 1;
-            }
-            counts
-        };
-        Self {
-            edges: (0..=BINS).map(|i| low + width * i as f64).collect(),
-            chosen: count(|p| p.chosen),
-            rejected: count(|p| p.rejected),
-        }
-    }
-}
-
 /// `log(1 + e^x)`.
 fn softplus(x: f64) -> f64 {
     x.max(0.0) + (-x.abs()).exp().ln_1p()
@@ -389,13 +116,6 @@ fn wilson(right: usize, count: usize) -> (f64, f64) {
     let centre = (p + Z * Z / (2.0 * n)) / (1.0 + Z * Z / n);
     let half = Z / (1.0 + Z * Z / n) * (p * (1.0 - p) / n + Z * Z / (4.0 * n * n)).sqrt();
     ((centre - half).max(0.0), (centre + half).min(1.0))
-}
-
-/// Correlation about 0; `None` where a series is all 0.
-fn uncentred_correlation(a: &[f64], b: &[f64]) -> Option<f64> {
-    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-    let norm = (dot(a, a) * dot(b, b)).sqrt();
-    (norm > 0.0).then(|| dot(a, b) / norm)
 }
 
 #[cfg(test)]
@@ -514,7 +234,10 @@ mod tests {
             let good = pair(0.0, 0.0, 1, 1);
             assert!(matches!(
                 PairReport::new(&[good, bad], Skipped::default()),
-                Err(crate::Error::Core(CoreError::NonFinite { row: 1, .. }))
+                Err(crate::Error::Core(rlhf_core::Error::NonFinite {
+                    row: 1,
+                    ..
+                }))
             ));
         }
     }
