@@ -1,22 +1,19 @@
 //! A scripted terminal session with the example itself: asked, killed, asked again.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "support/child_process.rs"]
+mod child_process;
+
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use child_process::{example, text};
 use rlhf::models::data::{PreferencePair, read_jsonl};
-
-/// cargo builds the examples before it runs the tests.
-fn example() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let profile = test.parent().and_then(Path::parent).unwrap();
-    profile.join("examples/collect_preferences")
-}
 
 /// Types `script` into the example and waits for its end.
 fn play(dir: &Path, script: &[u8]) -> Output {
-    let mut child = Command::new(example())
+    let mut child = Command::new(example("collect_preferences"))
         .args(["--policy", "tests/goldens/models/gpt2", "--count", "4"])
         .args(["--max-new-tokens", "6", "--seed", "5", "--width", "60"])
         .arg("--prompts")
@@ -31,13 +28,6 @@ fn play(dir: &Path, script: &[u8]) -> Output {
         .unwrap();
     child.stdin.take().unwrap().write_all(script).unwrap();
     child.wait_with_output().unwrap()
-}
-
-fn text(output: &Output) -> String {
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{text}\n{errors}");
-    text
 }
 
 #[test]

@@ -1,22 +1,19 @@
 //! The example itself on a tiny model: what it writes, and what it does not compute twice.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "support/child_process.rs"]
+mod child_process;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use child_process::{example, text};
 use rlhf::models::{CausalLm, LoadOptions, Tokenizer};
-
-/// cargo builds the examples before it runs the tests.
-fn example() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let profile = test.parent().and_then(Path::parent).unwrap();
-    profile.join("examples/dialogue_dpo")
-}
 
 const MODEL: &str = "tests/goldens/models/gpt2";
 
 fn run(dir: &Path, options: &[&str]) -> Output {
-    Command::new(example())
+    Command::new(example("dialogue_dpo"))
         .args(["--model", MODEL, "--show", "1"])
         .arg("--data")
         .arg(dir)
@@ -26,13 +23,6 @@ fn run(dir: &Path, options: &[&str]) -> Output {
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .output()
         .unwrap()
-}
-
-fn text(output: &Output) -> String {
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{text}\n{errors}");
-    text
 }
 
 fn conversations(dir: &Path) {

@@ -1,13 +1,16 @@
 //! PPO on real models gives the same bytes each time, however often it was stopped or killed.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+#[path = "support/child_process.rs"]
+mod child_process;
+
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use child_process::kill_until_done;
 use rlhf_core::{
     CheckpointConfig, CheckpointStore, Event, JsonlObserver, Observer, Parameters, Tensor,
 };
@@ -131,11 +134,11 @@ fn a_run_stopped_after_any_step_ends_with_the_same_weights_and_metrics() {
     }
 }
 
-/// The child process of the next test: nothing without the variable.
+/// The child process of the next test, and nothing in this one.
 #[test]
 fn child_that_is_killed() {
-    if let Ok(dir) = std::env::var("RLHF_TEST_KILLED_RUN") {
-        run(dir.as_ref(), STEPS);
+    if let Some(dir) = child_process::folder_of_child() {
+        run(&dir, STEPS);
     }
 }
 
@@ -146,26 +149,8 @@ fn a_run_killed_at_any_moment_ends_with_the_same_weights_and_metrics() {
     let dir = tempfile::tempdir().unwrap();
     // Each child lives a little longer than the one before it, so that the kills fall on every
     // part of a step, and the run gets done.
-    let mut kills = 0;
-    for attempt in 1..400 {
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child_that_is_killed", "--test-threads=1"])
-            .env("RLHF_TEST_KILLED_RUN", dir.path())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        std::thread::sleep(Duration::from_millis(40 * attempt));
-        let finished = child.try_wait().unwrap();
-        if let Some(status) = finished {
-            assert!(status.success(), "a resumed run failed");
-            break;
-        }
-        child.kill().unwrap();
-        child.wait().unwrap();
-        kills += 1;
-    }
-    assert!(kills > 0);
+    let lives = (1..400).map(|attempt| Duration::from_millis(40 * attempt));
+    kill_until_done("child_that_is_killed", dir.path(), lives);
     let resumed = run(dir.path(), STEPS);
     assert_eq!(resumed.steps_done(), STEPS);
     assert_same(&resumed, &uninterrupted);

@@ -3,13 +3,15 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "../../../tests/support/child_process.rs"]
+mod child_process;
 mod common;
 
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use child_process::{folder_of_child, kill_until_done};
 use common::bigram::{Bigram, STOP, TokenValue, letters};
 use rlhf_ppo::core::{CheckpointConfig, Sequence, constraint_fn, reward_fn};
 use rlhf_ppo::scale::Updater;
@@ -20,7 +22,6 @@ use rlhf_ppo::{
 };
 
 const STEPS: u64 = 40;
-const RUN: &str = "RLHF_PPO_KILLED_RUN";
 
 /// The bytes that a run in this folder ends with, resumed where one was killed in it.
 type Run = fn(&Path) -> Vec<u32>;
@@ -163,19 +164,19 @@ fn grpo(dir: &Path) -> Vec<u32> {
     bytes(trainer.updater(), &[price])
 }
 
-/// The child process of the tests below: nothing without the variable.
+/// The child process of a test below, and nothing in this one.
 #[test]
 fn ppo_child() {
-    if let Ok(dir) = std::env::var(RUN) {
-        ppo(dir.as_ref());
+    if let Some(dir) = folder_of_child() {
+        ppo(&dir);
     }
 }
 
 /// As `ppo_child`.
 #[test]
 fn grpo_child() {
-    if let Ok(dir) = std::env::var(RUN) {
-        grpo(dir.as_ref());
+    if let Some(dir) = folder_of_child() {
+        grpo(&dir);
     }
 }
 
@@ -197,30 +198,14 @@ fn killed_at_random_moments(run: Run, child: &str) {
         .duration_since(SystemTime::UNIX_EPOCH)
         .unwrap();
     let mut random = now.as_nanos() as u64 | 1;
-    let mut kills = 0;
     let dir = tempfile::tempdir().unwrap();
-    for attempt in 0.. {
-        assert!(attempt < 300, "the run does not get done");
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", child, "--test-threads=1"])
-            .env(RUN, dir.path())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+    let lives = (0..300).map(|attempt| {
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;
         // Longer and longer, so that a slow machine gets done, too.
-        std::thread::sleep(Duration::from_millis(30 + random % (200 + 40 * attempt)));
-        if let Some(status) = child.try_wait().unwrap() {
-            assert!(status.success(), "a resumed run failed");
-            break;
-        }
-        child.kill().unwrap(); // SIGKILL
-        child.wait().unwrap();
-        kills += 1;
-    }
-    assert!(kills > 0, "the run was over before it could be killed");
-    assert_eq!(run(dir.path()), whole, "after {kills} kills");
+        Duration::from_millis(30 + random % (200 + 40 * attempt))
+    });
+    kill_until_done(child, dir.path(), lives);
+    assert_eq!(run(dir.path()), whole);
 }
