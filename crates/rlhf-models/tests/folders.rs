@@ -5,30 +5,10 @@ mod common;
 
 use std::path::Path;
 
-use common::{assert_close, model_dir};
-use rlhf_models::core::{LogprobOptions, Policy, Sequence, SequenceBatch};
+use common::{assert_close, batch, load, logprobs, model_dir};
 use rlhf_models::tch::{Device, Kind, Tensor};
 use rlhf_models::{CausalLm, Error, LoadOptions, SequenceClassifier, WeightProblem};
 use serde_json::{Value, json};
-
-fn load(dir: impl AsRef<Path>) -> Result<CausalLm, Error> {
-    CausalLm::from_pretrained(dir, &LoadOptions::default())
-}
-
-fn batch() -> SequenceBatch {
-    let prompt: std::sync::Arc<[i64]> = [5, 6, 7].into();
-    SequenceBatch::new(vec![
-        Sequence::new(prompt.clone(), [8, 9]),
-        Sequence::new(prompt, [10]),
-        Sequence::new([11], [12, 13, 14]),
-    ])
-    .unwrap()
-}
-
-fn logprobs(model: &CausalLm) -> Tensor {
-    let out = model.logprobs(&batch(), &LogprobOptions::default());
-    out.unwrap().logprobs
-}
 
 /// A copy of a model's folder whose config has been changed.
 fn folder(

@@ -3,37 +3,15 @@
 
 mod common;
 
-use std::path::Path;
-
-use common::{assert_close, model_dir};
+use common::{assert_close, batch, load, logprobs, model_dir};
 use rlhf_models::core::{
     Error as CoreError, LogprobOptions, Parameters, Policy, Sequence, SequenceBatch,
 };
 use rlhf_models::tch::{Device, Kind, Tensor};
 use rlhf_models::{
-    CausalLm, Error, Gemma2Config, Gpt2Config, GptNeoxConfig, LlamaConfig, LoadOptions,
-    MistralConfig, ModelConfig, Qwen2Config, Qwen3Config, SequenceClassifier, SlidingWindow,
-    TransformerConfig,
+    CausalLm, Error, Gemma2Config, Gpt2Config, GptNeoxConfig, LlamaConfig, MistralConfig,
+    ModelConfig, Qwen2Config, Qwen3Config, SequenceClassifier, SlidingWindow, TransformerConfig,
 };
-
-fn load(dir: impl AsRef<Path>) -> Result<CausalLm, Error> {
-    CausalLm::from_pretrained(dir, &LoadOptions::default())
-}
-
-fn batch() -> SequenceBatch {
-    let prompt: std::sync::Arc<[i64]> = [5, 6, 7].into();
-    SequenceBatch::new(vec![
-        Sequence::new(prompt.clone(), [8, 9]),
-        Sequence::new(prompt, [10]),
-        Sequence::new([11], [12, 13, 14]),
-    ])
-    .unwrap()
-}
-
-fn logprobs(model: &CausalLm) -> Tensor {
-    let out = model.logprobs(&batch(), &LogprobOptions::default());
-    out.unwrap().logprobs
-}
 
 fn small() -> [ModelConfig; 7] {
     let gpt2 = Gpt2Config {

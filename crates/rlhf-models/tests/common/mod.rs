@@ -3,10 +3,11 @@
 #![allow(dead_code, unreachable_pub)] // every test file uses some of it
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use rlhf_models::core::{Sequence, SequenceBatch};
+use rlhf_models::core::{LogprobOptions, Policy, Sequence, SequenceBatch};
 use rlhf_models::tch::{Kind, Tensor};
+use rlhf_models::{CausalLm, Error, LoadOptions};
 
 /// One case: what was run, and the tensors that came out.
 pub struct Case {
@@ -47,6 +48,28 @@ impl Case {
     pub fn tolerance(&self, name: &str) -> f64 {
         self.json["tolerance"][name].as_f64().unwrap()
     }
+}
+
+/// A folder's language model, as it is stored.
+pub fn load(dir: impl AsRef<Path>) -> Result<CausalLm, Error> {
+    CausalLm::from_pretrained(dir, &LoadOptions::default())
+}
+
+/// Two answers to one prompt, and one to another.
+pub fn batch() -> SequenceBatch {
+    let prompt: std::sync::Arc<[i64]> = [5, 6, 7].into();
+    SequenceBatch::new(vec![
+        Sequence::new(prompt.clone(), [8, 9]),
+        Sequence::new(prompt, [10]),
+        Sequence::new([11], [12, 13, 14]),
+    ])
+    .unwrap()
+}
+
+/// Of [`batch`].
+pub fn logprobs(model: &CausalLm) -> Tensor {
+    let out = model.logprobs(&batch(), &LogprobOptions::default());
+    out.unwrap().logprobs
 }
 
 pub fn model_dir(name: &str) -> PathBuf {
