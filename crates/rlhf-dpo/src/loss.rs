@@ -85,7 +85,8 @@ pub enum DpoLoss {
     /// `σ(βc) + 1 − σ(βΔ)`, for chosen answers worse than the model's (APO-down, equation 8).
     ApoDown,
     /// `(1 − g)(−log σ(u)) + g e^{−u}` with `u = βΔ`, `g = σ(u/τ)` (DiscoPOP, Lu et al. 2024, arXiv
-    /// 2406.08414).
+    /// 2406.08414). Not convex: at `τ = 0.05` it rises from `u = −0.12` to `0.07`, so a policy that
+    /// starts as its reference, at 0, is first led the wrong way, and may stay there.
     Discopop {
         /// `τ`; 0.05 in the paper.
         temperature: f64,

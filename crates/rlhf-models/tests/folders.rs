@@ -5,7 +5,7 @@ mod common;
 
 use std::path::Path;
 
-use common::{assert_close, batch, load, logprobs, model_dir};
+use common::{assert_close, load, logprobs, model_dir, three_answers};
 use rlhf_models::tch::{Device, Kind, Tensor};
 use rlhf_models::{CausalLm, Error, LoadOptions, SequenceClassifier, WeightProblem};
 use serde_json::{Value, json};
@@ -98,7 +98,7 @@ fn saved_classifiers_are_read_back() {
         let dir = tempfile::tempdir().unwrap();
         model.save_pretrained(dir.path()).unwrap();
         let again = SequenceClassifier::from_pretrained(dir.path(), &options).unwrap();
-        let scores = |m: &SequenceClassifier| m.logits(&batch()).unwrap();
+        let scores = |m: &SequenceClassifier| m.logits(&three_answers()).unwrap();
         assert_eq!(scores(&again), scores(&model), "{name}");
         assert_eq!(again.num_labels(), model.num_labels());
         let copy = model.try_clone().unwrap();

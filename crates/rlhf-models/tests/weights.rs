@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{assert_close, batch, load, logprobs, model_dir};
+use common::{assert_close, load, logprobs, model_dir, three_answers};
 use rlhf_models::core::{
     Error as CoreError, LogprobOptions, Parameters, Policy, Sequence, SequenceBatch,
 };
@@ -92,7 +92,7 @@ fn fresh_models_depend_on_the_seed_alone() {
         assert_ne!(logprobs(&new(3)), logprobs(&new(4)));
         // Near-uniform predictions: log(400) is 5.99.
         let mean = -logprobs(&new(3))
-            .masked_select(&batch().response_mask(Device::Cpu))
+            .masked_select(&three_answers().response_mask(Device::Cpu))
             .mean(None)
             .double_value(&[]);
         assert!((mean - 400f64.ln()).abs() < 0.2, "{mean}");
@@ -172,7 +172,7 @@ fn packed_gradients_equal_padded_ones() {
             entropy: true,
         };
         let gradients = |policy: &dyn Policy| {
-            let out = policy.logprobs(&batch(), &options).unwrap();
+            let out = policy.logprobs(&three_answers(), &options).unwrap();
             let sum =
                 out.logprobs.square().sum(Kind::Float) + out.entropy.unwrap().sum(Kind::Float);
             sum.backward();

@@ -56,7 +56,7 @@ pub fn load(dir: impl AsRef<Path>) -> Result<CausalLm, Error> {
 }
 
 /// Two answers to one prompt, and one to another.
-pub fn batch() -> SequenceBatch {
+pub fn three_answers() -> SequenceBatch {
     let prompt: std::sync::Arc<[i64]> = [5, 6, 7].into();
     SequenceBatch::new(vec![
         Sequence::new(prompt.clone(), [8, 9]),
@@ -66,9 +66,9 @@ pub fn batch() -> SequenceBatch {
     .unwrap()
 }
 
-/// Of [`batch`].
+/// Of [`three_answers`].
 pub fn logprobs(model: &CausalLm) -> Tensor {
-    let out = model.logprobs(&batch(), &LogprobOptions::default());
+    let out = model.logprobs(&three_answers(), &LogprobOptions::default());
     out.unwrap().logprobs
 }
 
