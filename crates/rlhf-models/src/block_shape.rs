@@ -281,32 +281,21 @@ impl ModelShape {
 
     /// Whether norms and gates are kernels that keep what they read, and nothing between.
     fn has_single_passes(&self, precision: Precision) -> bool {
-        self.on_cpu
-            && match precision {
-                Precision::F32 => kernels::trains(),
-                Precision::Bf16 => recorded::available(),
-                Precision::F16 => false,
-            }
+        self.on_cpu && recorded::available(precision.kind())
     }
 
     /// Whether the attention of all sequences is one kernel, which keeps queries, keys and values.
     fn attends_at_once(&self, precision: Precision) -> bool {
-        precision == Precision::Bf16
-            && self.has_single_passes(precision)
+        self.has_single_passes(precision)
             && !self.score_cap
             && (self.query / self.heads).is_multiple_of(16)
-    }
-
-    /// Bytes that a kernel's norm keeps of the root of each row: in bf16 it is computed again.
-    fn root_kept(&self, precision: Precision) -> u64 {
-        when(precision == Precision::F32, 4)
     }
 
     /// Bytes a token that norms of queries and keys keep.
     fn head_norms_kept(&self, precision: Precision) -> u64 {
         let (bytes, width) = (bytes_of(precision), self.query + self.key);
         match self.has_single_passes(precision) {
-            true => bytes * width + self.root_kept(precision) * width * self.heads / self.query,
+            true => bytes * width,
             false => (4 + bytes) * width,
         }
     }
@@ -316,9 +305,7 @@ impl ModelShape {
         let bytes = bytes_of(precision);
         match self.norm {
             Norm::Layer => bytes * (2 * self.hidden + 2),
-            Norm::Rms if self.has_single_passes(precision) => {
-                2 * bytes * self.hidden + self.root_kept(precision)
-            }
+            Norm::Rms if self.has_single_passes(precision) => 2 * bytes * self.hidden,
             Norm::Rms => (4 + 2 * bytes) * self.hidden + 4,
             Norm::RmsAroundOne => (4 + 4 + bytes) * self.hidden + 4,
         }
@@ -368,10 +355,10 @@ impl ModelShape {
         }
     }
 
-    /// Buffers that products of `rows` rows in f32 copy their factors to: of the left one at most
+    /// Buffers that products of `rows` rows copy their factors to, in f32: of the left one at most
     /// 2,100 rows at a time, of the right one half of the cache of every thread.
     fn packing(&self, precision: Precision, rows: u64) -> u64 {
-        if precision != Precision::F32 || !self.has_single_passes(precision) {
+        if !(self.on_cpu && kernels::multiplies(precision.kind())) {
             return 0;
         }
         let threads = u64::try_from(tch::get_num_threads()).unwrap_or(1);

@@ -1,7 +1,7 @@
 //! The feed-forward layer of Llama and its relatives.
 
 use rlhf_core::Result;
-use rlhf_scale::{kernels, recorded};
+use rlhf_scale::recorded;
 use tch::Tensor;
 
 use crate::TransformerConfig;
@@ -52,7 +52,7 @@ impl GatedMlp {
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let [gate, up] = forward_all([&self.gate, &self.up], x)?;
         let fused = match self.activation {
-            Activation::Silu => silu_gated(&gate, &up)?,
+            Activation::Silu => recorded::silu_gated(&gate, &up).map_err(rlhf_core::Error::from)?,
             _ => None,
         };
         let product = match fused {
@@ -60,14 +60,5 @@ impl GatedMlp {
             None => self.activation.forward(&gate)?.f_mul(&up)?,
         };
         self.down.forward(&product)
-    }
-}
-
-/// In one pass, where there is a kernel for it.
-fn silu_gated(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
-    let recorded = recorded::silu_gated(gate, up).map_err(rlhf_core::Error::from)?;
-    match recorded {
-        Some(product) => Ok(Some(product)),
-        None => Ok(kernels::silu_gated(gate, up).map_err(rlhf_core::Error::from)?),
     }
 }

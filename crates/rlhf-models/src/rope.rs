@@ -1,7 +1,7 @@
 //! Rotary position embeddings (Su et al. 2021, arXiv 2104.09864).
 
 use rlhf_core::{Error as CoreError, Result};
-use rlhf_scale::{kernels, recorded};
+use rlhf_scale::recorded;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -407,9 +407,6 @@ impl Rotation {
             return Ok(x.shallow_clone());
         };
         if let Some(turned) = recorded::rotate(x, cos, sin).map_err(CoreError::from)? {
-            return Ok(turned);
-        }
-        if let Some(turned) = kernels::rotate(x, cos, sin).map_err(CoreError::from)? {
             return Ok(turned);
         }
         let (width, whole) = (cos.size()[2], x.size()[2]);

@@ -1,9 +1,13 @@
-// Linear layers of many rows, with gradients, on the CPU in f32; the products are those of gemm.h.
-#include "gemm.h"
+// Linear layers of many rows, with gradients, on the CPU; the products are those of kernels/gemm.h: in f32, and in bf16
+// where the processor has no instructions for it.
+#include "matrices.h"
 #include "wide.h"
 
 #include <ATen/ops/sum.h>
 #include <torch/csrc/autograd/custom_function.h>
+
+#define KERNELS "kernels/gemm.h"
+#include "each_target.h"
 
 using at::Tensor;
 using rlhf::guarded;
@@ -11,24 +15,42 @@ using rlhf::guarded;
 #ifdef RLHF_KERNELS
 namespace {
 
-using namespace rlhf::gemm;
+using namespace rlhf;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Rows of a tensor [m, n], of which each is contiguous.
-Matrix rows_of(const Tensor& t) { return {t.data_ptr<float>(), t.stride(0), 1}; }
-Matrix transposed(Matrix m) { return {m.at, m.column, m.row}; }
+// A tensor [m, n].
+template <class T>
+Matrix<T> matrix(const Tensor& t) {
+  return {data<T>(t), t.stride(0), t.stride(1)};
+}
+template <class T>
+Output<T> output(const Tensor& t, bool add = false) {
+  return {data<T>(t), t.stride(0), add};
+}
 Tensor with_rows(const Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
+
+template <class T, class C>
+void multiply(Matrix<T> a, Matrix<T> b, int64_t m, int64_t n, int64_t k, const Output<C>& to) {
+  ON_PROCESSOR(multiply_all<T, C>(a, m, k, {b}, {n}, {to}));
+}
 
 // A weight as it lies: [out, in], or [in, out].
 struct Weight {
   const Tensor& tensor;
   bool out_first;
   int64_t outputs() const { return tensor.size(out_first ? 0 : 1); }
+  int64_t inputs() const { return tensor.size(out_first ? 1 : 0); }
   // [in, out]
-  Matrix forward() const { return out_first ? transposed(rows_of(tensor)) : rows_of(tensor); }
+  template <class T>
+  Matrix<T> forward() const {
+    return out_first ? matrix<T>(tensor).transposed() : matrix<T>(tensor);
+  }
   // [out, in]
-  Matrix backward() const { return transposed(forward()); }
+  template <class T>
+  Matrix<T> backward() const {
+    return forward<T>().transposed();
+  }
 };
 
 // Several linear layers of the same rows: what is packed of them is packed once, and their gradients meet in one sum.
@@ -50,18 +72,20 @@ struct Linears : torch::autograd::Function<Linears> {
     for (auto& weight : weights) {
       outputs.push_back(at::empty({x.size(0), Weight{weight, out_first}.outputs()}, x.options()));
     }
-    int64_t rows = x.size(0), terms = x.size(1);
-    constexpr int64_t tall = kTall * kHigh;
-    for (int64_t row = 0; row < rows; row += tall) {
-      Left left(rows_of(x).from(row, 0), std::min(tall, rows - row), terms);
+    by_kind(x, [&](auto* kind) {
+      using T = std::remove_pointer_t<decltype(kind)>;
+      std::vector<Matrix<T>> factors;
+      std::vector<int64_t> widths;
+      std::vector<Output<T>> to;
       size_t bias = 0;
       for (size_t i = 0; i < weights.size(); i++) {
-        int64_t width = outputs[i].size(1);
-        Output to{outputs[i].data_ptr<float>() + row * width, width};
-        if (biased[i]) to.bias = biases[bias++].data_ptr<float>();
-        multiply(left, Weight{weights[i], out_first}.forward(), width, to);
+        factors.push_back(Weight{weights[i], out_first}.forward<T>());
+        widths.push_back(outputs[i].size(1));
+        to.push_back(output<T>(outputs[i]));
+        if (biased[i]) to.back().bias = data<T>(biases[bias++]);
       }
-    }
+      ON_PROCESSOR(multiply_all<T, T>(matrix<T>(x), x.size(0), x.size(1), factors, widths, to));
+    });
     return outputs;
   }
 
@@ -73,28 +97,16 @@ struct Linears : torch::autograd::Function<Linears> {
     const Tensor& x = saved[0];
     // x and weights; biases follow, and what has no gradient.
     variable_list results(1 + count);
-    bool first = true;
     for (size_t i = 0; i < count; i++) {
       if (!grads[i].defined()) continue;
-      Tensor grad = with_rows(grads[i]);
-      int64_t rows = grad.size(0), outputs = grad.size(1);
-      if (context->needs_input_grad(0)) {
-        Weight weight{saved[1 + i], out_first};
-        int64_t inputs = weight.tensor.numel() / outputs;
-        if (first) results[0] = at::empty({rows, inputs}, grad.options());
-        multiply(rows_of(grad), weight.backward(), rows, inputs, outputs,
-                 {results[0].data_ptr<float>(), inputs, /*add=*/!first});
-        first = false;
-      }
-      if (context->needs_input_grad(1 + i)) {
-        int64_t inputs = x.size(1);
-        auto left = transposed(rows_of(out_first ? grad : x));
-        auto right = rows_of(out_first ? x : grad);
-        int64_t m = out_first ? outputs : inputs, n = out_first ? inputs : outputs;
-        results[1 + i] = at::empty({m, n}, grad.options());
-        multiply(left, right, m, n, rows, {results[1 + i].data_ptr<float>(), n});
-      }
+      by_kind(grads[i], [&](auto* kind) {
+        using T = std::remove_pointer_t<decltype(kind)>;
+        Tensor grad = with_rows(grads[i]);
+        if (context->needs_input_grad(0)) add_input_grad<T>(grad, Weight{saved[1 + i], out_first}, count, results[0]);
+        if (context->needs_input_grad(1 + i)) results[1 + i] = weight_grad<T>(grad, x, out_first);
+      });
     }
+    if (results[0].defined()) results[0] = results[0].to(grad_kind(grads));
     for (size_t i = 0; i < count; i++) {
       if (!biased[i]) continue;
       bool needed = grads[i].defined() && context->needs_input_grad(results.size());
@@ -103,10 +115,46 @@ struct Linears : torch::autograd::Function<Linears> {
     results.resize(results.size() + 2);
     return results;
   }
+
+ private:
+  static at::ScalarType grad_kind(const variable_list& grads) {
+    auto defined = std::find_if(grads.begin(), grads.end(), [](const Tensor& grad) { return grad.defined(); });
+    return defined->scalar_type();
+  }
+
+  // The gradient of what all layers read, summed in f32 if there are several.
+  template <class T>
+  static void add_input_grad(const Tensor& grad, const Weight& weight, size_t layers, Tensor& sum) {
+    int64_t rows = grad.size(0), outputs = weight.outputs(), inputs = weight.inputs();
+    auto factor = weight.backward<T>();
+    bool add = sum.defined();
+    auto kind = layers > 1 ? at::kFloat : grad.scalar_type();
+    if (!add) sum = at::empty({rows, inputs}, grad.options().dtype(kind));
+    if (kind == at::kFloat) {
+      multiply(matrix<T>(grad), factor, rows, inputs, outputs, output<float>(sum, add));
+    } else {
+      multiply(matrix<T>(grad), factor, rows, inputs, outputs, output<T>(sum));
+    }
+  }
+
+  template <class T>
+  static Tensor weight_grad(const Tensor& grad, const Tensor& x, bool out_first) {
+    const Tensor &left = out_first ? grad : x, &right = out_first ? x : grad;
+    int64_t m = left.size(1), n = right.size(1), rows = grad.size(0);
+    auto result = at::empty({m, n}, grad.options());
+    multiply(matrix<T>(left).transposed(), matrix<T>(right), m, n, rows, output<T>(result));
+    return result;
+  }
 };
 
-bool is_plain(const Tensor& t) {
-  return t.device().is_cpu() && t.scalar_type() == at::kFloat && t.layout() == at::kStrided;
+// Whether all are tensors of the CPU, of one kind that these products are the best for.
+bool is_multiplied(std::initializer_list<const Tensor*> tensors) {
+  if (!wanted() || !able()) return false;
+  auto kind = (*tensors.begin())->scalar_type();
+  if (kind != at::kFloat && (kind != at::kBFloat16 || wide_bf16())) return false;
+  return std::all_of(tensors.begin(), tensors.end(), [&](const Tensor* t) {
+    return t->device().is_cpu() && t->scalar_type() == kind && t->layout() == at::kStrided;
+  });
 }
 
 }  // namespace
@@ -121,16 +169,16 @@ char* rlhf_linear(const Tensor* x, const Tensor* const* weights, const Tensor* c
   return guarded([&] {
 #ifdef RLHF_KERNELS
     using namespace rlhf;
-    if (!wanted() || !able()) return;
-    if (count < 1 || x->dim() != 2 || !is_plain(*x) || x->size(0) < 1 || x->size(1) < 1) return;
+    if (count < 1 || x->dim() != 2 || x->size(0) < 1 || x->size(1) < 1) return;
     variable_list all_weights, all_biases;
     std::vector<bool> biased;
     for (size_t i = 0; i < count; i++) {
       auto weight = weights[i], bias = biases[i];
-      if (weight->dim() != 2 || !is_plain(*weight) || !weight->is_contiguous()) return;
+      if (weight->dim() != 2 || !is_multiplied({x, weight}) || !weight->is_contiguous()) return;
       if (weight->size(out_first ? 1 : 0) != x->size(1) || weight->numel() < 1) return;
       int64_t outputs = weight->size(out_first ? 0 : 1);
-      if (bias && (!is_plain(*bias) || !bias->is_contiguous() || bias->sizes() != at::IntArrayRef({outputs}))) return;
+      if (bias && !is_multiplied({x, bias})) return;
+      if (bias && (!bias->is_contiguous() || bias->sizes() != at::IntArrayRef({outputs}))) return;
       all_weights.push_back(*weight);
       if (bias) all_biases.push_back(*bias);
       biased.push_back(bias != nullptr);
@@ -147,16 +195,16 @@ char* rlhf_multiply_into(const Tensor* out, const Tensor* a, const Tensor* b, in
   return guarded([&] {
 #ifdef RLHF_KERNELS
     using namespace rlhf;
-    if (!wanted() || !able() || at::GradMode::is_enabled()) return;
-    for (auto t : {out, a, b}) {
-      if (t->dim() != 2 || !is_plain(*t)) return;
-    }
+    if (at::GradMode::is_enabled() || !is_multiplied({out, a, b})) return;
+    if (out->dim() != 2 || a->dim() != 2 || b->dim() != 2) return;
     int64_t m = a->size(0), k = a->size(1), n = b->size(1);
     if (b->size(0) != k || out->size(0) != m || out->size(1) != n || k < 1 || out->stride(1) != 1) return;
     auto either = [](const Tensor& t) { return t.stride(0) == 1 || t.stride(1) == 1; };
     if (!either(*a) || !either(*b)) return;
-    auto matrix = [](const Tensor& t) { return Matrix{t.data_ptr<float>(), t.stride(0), t.stride(1)}; };
-    multiply(matrix(*a), matrix(*b), m, n, k, {out->data_ptr<float>(), out->stride(0), add != 0});
+    by_kind(*a, [&](auto* kind) {
+      using T = std::remove_pointer_t<decltype(kind)>;
+      multiply(matrix<T>(*a), matrix<T>(*b), m, n, k, output<T>(*out, add != 0));
+    });
     *done = 1;
 #endif
   });
@@ -169,9 +217,9 @@ void rlhf_want_kernels(int wanted) {
 #endif
 }
 
-bool rlhf_trains_f32() {
+bool rlhf_multiplies(bool bf16) {
 #ifdef RLHF_KERNELS
-  return rlhf::wanted() && rlhf::wide();
+  return rlhf::wanted() && rlhf::wide() && (!bf16 || !rlhf::wide_bf16());
 #else
   return false;
 #endif

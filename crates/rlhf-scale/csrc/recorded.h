@@ -1,5 +1,5 @@
-// What the nodes of training.cpp and causal.cpp have in common: operations in bf16 on the CPU with a forward and a
-// backward of their own, each a single pass. They compute in f32 and round results only.
+// What the nodes of training.cpp and causal.cpp have in common: operations in f32 and bf16 on the CPU with a
+// forward and a backward of their own, each a single pass. They compute in f32 and round results only.
 #pragma once
 
 #include "wide.h"
@@ -66,12 +66,12 @@ inline torch::autograd::edge_list edges_of(std::initializer_list<const at::Tenso
   return edges;
 }
 
-// Whether all are bf16 of the CPU, outside autocast, on a processor that has the kernels.
+// Whether all are f32, or all bf16, of the CPU, outside autocast, on a processor that has the kernels, which are wanted.
 inline bool trains(std::initializer_list<const at::Tensor*> tensors) {
-  if (!wide() || at::autocast::is_autocast_enabled(at::kCPU)) return false;
-  if (at::get_num_threads() > 1 && !team().usable()) return false;
-  return std::all_of(tensors.begin(), tensors.end(), [](const at::Tensor* t) {
-    return t->device().is_cpu() && t->scalar_type() == at::kBFloat16 && t->layout() == at::kStrided;
+  auto kind = (*tensors.begin())->scalar_type();
+  if (!(kind == at::kBFloat16 || (kind == at::kFloat && wanted())) || !able()) return false;
+  return std::all_of(tensors.begin(), tensors.end(), [&](const at::Tensor* t) {
+    return t->device().is_cpu() && t->scalar_type() == kind && t->layout() == at::kStrided;
   });
 }
 

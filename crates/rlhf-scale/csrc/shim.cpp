@@ -17,10 +17,6 @@
 
 #include <memory>
 
-using at::Tensor;
-using rlhf::guarded;
-using rlhf::list;
-
 namespace {
 
 // Which of the two bf16 numbers around a value element `i` is rounded to: up from this share of their distance on,
@@ -33,29 +29,34 @@ inline uint32_t dither(uint32_t i) {
   return ((x >> 16) + 0x8000u) & 0xffffu;
 }
 
-#define ROUND_BODY                                                                              \
-  for (int64_t i = begin; i < end; i++) {                                                       \
-    uint32_t bits;                                                                              \
-    memcpy(&bits, from + i, 4);                                                                 \
-    bool special = (bits & 0x7f800000u) == 0x7f800000u;                                         \
-    uint32_t more = special ? ((bits & 0x007fffffu) ? 0x00400000u : 0u) : dither(static_cast<uint32_t>(first + i)); \
-    to[i] = static_cast<uint16_t>((special ? bits | more : bits + more) >> 16);                 \
-  }
+inline uint16_t dithered(float value, int64_t place) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  bool special = (bits & 0x7f800000u) == 0x7f800000u;
+  uint32_t more = special ? ((bits & 0x007fffffu) ? 0x00400000u : 0u) : dither(static_cast<uint32_t>(place));
+  return static_cast<uint16_t>((special ? bits | more : bits + more) >> 16);
+}
 
-void round_plain(const float* from, uint16_t* to, int64_t first, int64_t begin, int64_t end) { ROUND_BODY }
-#ifdef RLHF_KERNELS
-WIDE void round_wide(const float* from, uint16_t* to, int64_t first, int64_t begin, int64_t end) { ROUND_BODY }
-#endif
+}  // namespace
+
+#define KERNELS "kernels/optimizer.h"
+#include "each_target.h"
+
+using at::Tensor;
+using rlhf::guarded;
+using rlhf::list;
+
+namespace {
 
 // `first` is the place of the first element in its parameter.
 void round(const float* from, uint16_t* to, int64_t first, int64_t count) {
 #ifdef RLHF_KERNELS
   if (rlhf::wide()) {
-    rlhf::split(count, 65536, [&](int64_t begin, int64_t end) { round_wide(from, to, first, begin, end); });
+    rlhf::split(count, 65536, [&](int64_t begin, int64_t end) { ON_PROCESSOR(round(from, to, first, begin, end)); });
     return;
   }
 #endif
-  round_plain(from, to, first, 0, count);
+  for (int64_t i = 0; i < count; i++) to[i] = dithered(from[i], first + i);
 }
 
 bool rounds(const Tensor& target, const Tensor& source) {
@@ -73,20 +74,6 @@ using namespace rlhf;
 
 constexpr int64_t kSummed = 16 << 10;  // elements whose squares are summed in f32
 
-WIDE float squares(const float* x, int64_t count) {
-  __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-  int64_t i = 0;
-  for (; i + 64 <= count; i += 64) {
-    UNROLL for (int j = 0; j < 4; j++) {
-      __m512 value = load(x + i + 16 * j);
-      sums[j] = _mm512_fmadd_ps(value, value, sums[j]);
-    }
-  }
-  float total = sum(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
-  for (; i < count; i++) total += x[i] * x[i];
-  return total;
-}
-
 // The Euclidean norm, by all threads at once; what it is does not depend on how many they are.
 double length_of(const std::vector<Tensor>& tensors) {
   struct Part {
@@ -102,7 +89,7 @@ double length_of(const std::vector<Tensor>& tensors) {
   }
   std::vector<float> sums(parts.size());
   split(parts.size(), 8, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) sums[i] = squares(parts[i].x, parts[i].count);
+    for (int64_t i = begin; i < end; i++) sums[i] = ON_PROCESSOR(squares(parts[i].x, parts[i].count));
   });
   double total = 0;
   for (float sum : sums) total += sum;

@@ -1,34 +1,56 @@
-// Where processors have AVX-512, the kernels of this folder use it through these.
+// Where processors have AVX-512 or AVX2, the kernels of this folder use it: what they have in common.
+//
+// A kernel is written once, on sixteen f32 side by side, and compiled for both (each_target.h, kernels/).
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <dlfcn.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #if defined(__x86_64__) && defined(__linux__)
-#include <immintrin.h>
 #define RLHF_KERNELS 1
-#define WIDE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-#define WIDE_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
+#define RLHF_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#define RLHF_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
+#define RLHF_AVX2 __attribute__((target("avx2,fma")))
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
 namespace rlhf {
 
-inline bool wide() {
-  static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+enum class Processor { plain, avx2, avx512 };
+
+// What is used of this one: all that it has, or less if RLHF_KERNELS says so (none, avx2, avx512).
+inline Processor processor() {
+  static const Processor found = [] {
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const char* most = std::getenv("RLHF_KERNELS");
+    auto allows = [&](const char* name) { return !most || !*most || strcmp(most, name) == 0; };
+    if (avx512 && allows("avx512")) return Processor::avx512;
+    if (avx2 && (allows("avx2") || allows("avx512"))) return Processor::avx2;
+    return Processor::plain;
+  }();
+  return found;
+}
+
+inline bool wide() { return processor() != Processor::plain; }
+
+// Whether it multiplies bf16 as such.
+inline bool wide_bf16() {
+  static const bool has = processor() == Processor::avx512 && __builtin_cpu_supports("avx512bf16");
   return has;
 }
 
-inline bool wide_bf16() {
-  static const bool has = wide() && __builtin_cpu_supports("avx512bf16");
-  return has;
-}
+// Calls a function of the namespace of this processor, which has kernels.
+#define ON_PROCESSOR(...) \
+  (rlhf::processor() == rlhf::Processor::avx512 ? rlhf::avx512::__VA_ARGS__ : rlhf::avx2::__VA_ARGS__)
 
 // The thread team of the OpenMP that libtorch itself uses, found at run time: linking with one would bring
 // in a second, whose threads would fight with libtorch's for the processor.
@@ -88,57 +110,10 @@ INLINE float rounded(float value, const uint16_t*) {
   return widen(bits);
 }
 
-WIDE INLINE __m512 load(const float* p) { return _mm512_loadu_ps(p); }
-WIDE INLINE __m512 load(const uint16_t* p) {
-  auto half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-// The first elements that the mask has, zeros for the others, of which no memory is touched.
-WIDE INLINE __m512 load(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
-WIDE INLINE __m512 load(const uint16_t* p, __mmask16 mask) {
-  auto half = _mm256_maskz_loadu_epi16(mask, p);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-WIDE INLINE void store(float* p, __mmask16 mask, __m512 x) { _mm512_mask_storeu_ps(p, mask, x); }
-// Rounded as `put` does it.
-WIDE INLINE void store(uint16_t* p, __mmask16 mask, __m512 x) {
-  __m512i bits = _mm512_castps_si512(x);
-  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  __m512i half = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7fc0));
-  _mm256_mask_storeu_epi16(p, mask, _mm512_cvtepi32_epi16(half));
-}
-
-// The sums of four vectors.
-WIDE INLINE __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) {
-  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-  __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-  __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
-  __m128 first = _mm_add_ps(_mm512_extractf32x4_ps(all, 0), _mm512_extractf32x4_ps(all, 1));
-  __m128 second = _mm_add_ps(_mm512_extractf32x4_ps(all, 2), _mm512_extractf32x4_ps(all, 3));
-  return _mm_add_ps(first, second);
-}
-
-WIDE INLINE float sum(__m512 a) { return _mm_cvtss_f32(sums(a, a, a, a)); }
-
-// e^x, x at most 0, to about one unit in the last place: Cody and Waite's reduction, then Cephes' polynomial.
-// Not a number stays so, since the maximum is its second operand then.
-WIDE INLINE __m512 exponential(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-126.0f * 0.6931f), x);
-  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  }
-  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-  return _mm512_scalef_ps(p, n);
-}
-
 }  // namespace rlhf
+
+#include "kernels/avx2.h"
+#include "kernels/avx512.h"
+#define KERNELS "kernels/functions.h"
+#include "each_target.h"
 #endif

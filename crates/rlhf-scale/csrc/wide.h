@@ -1,7 +1,7 @@
 // What the kernels of decoding have in common.
 //
 // Their functions return without a result (`*result` stays null) where they do not apply: another device or
-// kind, gradients, a processor without AVX-512. A row's result depends on that row alone, bit for bit: not on
+// kind, gradients, a processor without AVX2. A row's result depends on that row alone, bit for bit: not on
 // how many rows there are, nor on the number of threads.
 #pragma once
 
@@ -16,20 +16,6 @@
 
 #ifdef RLHF_KERNELS
 namespace rlhf {
-
-WIDE INLINE __m512 rounded(__m512 x, const float*) { return x; }
-WIDE INLINE __m512 rounded(__m512 x, const uint16_t*) {
-  __m512i bits = _mm512_castps_si512(x);
-  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  bits = _mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000));
-  bits = _mm512_mask_mov_epi32(bits, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-  return _mm512_castsi512_ps(bits);
-}
-template <class T>
-WIDE INLINE void store(T* p, __m512 x) {
-  store(p, static_cast<__mmask16>(0xffff), x);
-}
 
 template <class T>
 T* data(const at::Tensor& tensor) {

@@ -3,7 +3,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rlhf_scale::kernels;
+use rlhf_scale::{kernels, recorded};
 use tch::{Device, Kind, Tensor};
 
 /// The number of threads is the process's.
@@ -16,7 +16,7 @@ fn with_threads(threads: i32) -> MutexGuard<'static, ()> {
 
 fn has_kernels() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512dq");
+    return is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
     #[cfg(not(target_arch = "x86_64"))]
     false
 }
@@ -185,7 +185,7 @@ fn nothing_depends_on_neighbours_or_threads() {
             &leaves(&[&x, &weight], Kind::Float),
             |t| match kernels::linear(&t[0], &t[1], None).unwrap() {
                 Some(y) => vec![
-                    kernels::rms_norm(&y, &random(&[130], 0.3), 1e-5)
+                    recorded::rms_norm(&y, &random(&[130], 0.3), 1e-5)
                         .unwrap()
                         .unwrap(),
                 ],
@@ -219,7 +219,7 @@ fn norms() {
         for (rows, width) in [(1, 16), (5, 64), (300, 50), (130, 577)] {
             let inputs = [&random(&[rows, width], 0.1), &random(&[width], 0.2)];
             let got = trained(&leaves(&inputs, Kind::Float), |t| {
-                let got = kernels::rms_norm(&t[0], &t[1], 1e-3).unwrap();
+                let got = recorded::rms_norm(&t[0], &t[1], 1e-3).unwrap();
                 assert!(got.is_some() || !has_kernels());
                 vec![got.unwrap_or_else(|| norm(&t[0], &t[1]))]
             });
@@ -240,10 +240,10 @@ fn they_can_be_turned_off() {
     let x = random(&[40, 30], 0.1);
     kernels::set_training(false);
     assert!(kernels::linear(&x, &x, None).unwrap().is_none());
-    assert!(kernels::silu_gated(&x, &x).unwrap().is_none());
+    assert!(recorded::silu_gated(&x, &x).unwrap().is_none());
     kernels::set_training(true);
     assert_eq!(
-        kernels::silu_gated(&x, &x).unwrap().is_some(),
+        recorded::silu_gated(&x, &x).unwrap().is_some(),
         has_kernels()
     );
 }
@@ -264,7 +264,7 @@ fn rotary_positions() {
             Tensor::cat(&[turned, x.narrow(2, width, d - width)], 2)
         };
         let got = trained(&leaves(&[&x], Kind::Float), |t| {
-            let got = kernels::rotate(&t[0], &cos, &sin).unwrap();
+            let got = recorded::rotate(&t[0], &cos, &sin).unwrap();
             assert!(got.is_some() || !has_kernels());
             vec![got.unwrap_or_else(|| rotate(&t[0]))]
         });
@@ -279,7 +279,7 @@ fn gates() {
     for shape in [[1, 3], [7, 45], [40, 1536]] {
         let inputs = [&(random(&shape, 0.1) * 10.0), &random(&shape, 0.3)];
         let got = trained(&leaves(&inputs, Kind::Float), |t| {
-            let got = kernels::silu_gated(&t[0], &t[1]).unwrap();
+            let got = recorded::silu_gated(&t[0], &t[1]).unwrap();
             assert!(got.is_some() || !has_kernels());
             vec![got.unwrap_or_else(|| t[0].silu() * &t[1])]
         });

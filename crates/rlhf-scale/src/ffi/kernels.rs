@@ -1,22 +1,25 @@
-//! What a model computes, on the CPU of a processor with AVX-512: matrix products, attention to a
-//! cache, and what lies between them in single passes.
+//! Matrix products, and attention to a cache, on the CPU of a processor with AVX2 or AVX-512.
 //!
-//! Products of many rows, in f32, copy both factors into panels that fill the widest registers, on
-//! processors of any maker, and have gradients. With few rows, as in decoding, the time goes into
-//! fetching the weights; there a kernel of its own fetches each weight once, ahead of its use, and
-//! multiplies it with all rows while it is at hand. Both use the weights as they lie: nothing is
-//! kept beside them, or made stale by an update.
+//! Products of many rows copy both factors into panels that fill the widest registers, on
+//! processors of any maker, and have gradients: in f32, and in bf16 where the processor has no
+//! instructions for it (where it has, libtorch's use them). With few rows, as in decoding, the time
+//! goes into fetching the weights; there a kernel of its own fetches each weight once, ahead of its
+//! use, and multiplies it with all rows while it is at hand. Both use the weights as they lie:
+//! nothing is kept beside them, or made stale by an update.
 //!
 //! Each returns `None` where it does not apply and the caller does it with libtorch: on another
-//! device, under autocast, on a processor without AVX-512; for kinds other than f32, and bf16
-//! where no gradients are recorded (products: of up to 32 rows). A row's result depends on that
-//! row alone, bit for bit: not on how many rows there are (but that few and many are different
-//! kernels), nor on the number of threads. Nor do gradients depend on the latter.
+//! device, under autocast, on another processor; for other kinds than f32 and bf16. A row's result
+//! depends on that row alone, bit for bit: not on how many rows there are (but that few and many
+//! are different kernels), nor on the number of threads. Nor do gradients depend on the latter.
+//!
+//! What lies between the products is in [`recorded`](super::recorded). The environment variable
+//! `RLHF_KERNELS` keeps all of them to less than the processor has: `none`, or `avx2`. Products of
+//! many rows have the same bits with either; a few sums in decoding do not.
 
 use std::ffi::c_int;
 use std::ptr::null_mut;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::{Message, Raw, check, raw};
 use crate::{Error, Result};
@@ -38,14 +41,8 @@ unsafe extern "C" {
         results: *mut Raw,
     ) -> Message;
     fn rlhf_want_kernels(wanted: c_int);
-    fn rlhf_trains_f32() -> bool;
+    fn rlhf_multiplies(bf16: bool) -> bool;
     fn rlhf_multiply_into(out: Raw, a: Raw, b: Raw, add: c_int, done: *mut c_int) -> Message;
-    fn rlhf_trained_rms_norm(x: Raw, weight: Raw, epsilon: f64, result: *mut Raw) -> Message;
-    fn rlhf_trained_rotate(x: Raw, cos: Raw, sin: Raw, result: *mut Raw) -> Message;
-    fn rlhf_trained_silu_gated(gate: Raw, up: Raw, result: *mut Raw) -> Message;
-    fn rlhf_rms_norm(x: Raw, weight: Raw, epsilon: f64, result: *mut Raw) -> Message;
-    fn rlhf_rotate(x: Raw, cos: Raw, sin: Raw, result: *mut Raw) -> Message;
-    fn rlhf_silu_gated(gate: Raw, up: Raw, result: *mut Raw) -> Message;
     fn rlhf_cached_attention(
         query: Raw,
         key: Raw,
@@ -60,19 +57,20 @@ unsafe extern "C" {
     ) -> Message;
 }
 
-/// Whether the kernels of training, and the products of many rows, run where they apply, as they do
-/// unless told otherwise: in the whole process. Without them libtorch's operations compute the same
-/// up to rounding, and keep more for backward.
+/// Whether the products of many rows, and what is [`recorded`](super::recorded) in f32, run where they
+/// apply, as they do unless told otherwise: in the whole process. Without them libtorch's operations
+/// compute the same up to rounding, and keep more for backward.
 pub fn set_training(enabled: bool) {
     // SAFETY: sets a flag.
     unsafe { rlhf_want_kernels(c_int::from(enabled)) }
 }
 
-/// Whether the kernels of training in f32 run on this processor, and are
+/// Whether products of many rows of this kind are of our own on this processor, and
 /// [wanted](set_training).
-pub fn trains() -> bool {
+pub fn multiplies(kind: Kind) -> bool {
     // SAFETY: asks the processor, and reads a flag.
-    unsafe { rlhf_trains_f32() }
+    matches!(kind, Kind::Float | Kind::BFloat16)
+        && unsafe { rlhf_multiplies(kind == Kind::BFloat16) }
 }
 
 /// An affine map: `x weightᵀ + bias`. Sums are f32, rounded once for bf16. With gradients where
@@ -142,64 +140,6 @@ pub(crate) fn multiply_into(out: &Tensor, a: &Tensor, b: &Tensor, add: bool) -> 
     // SAFETY: live tensors; the shim checks their sizes. `out` overlaps neither.
     check(unsafe { rlhf_multiply_into(raw(out), raw(a), raw(b), c_int::from(add), &mut done) })?;
     Ok(done != 0)
-}
-
-/// Each vector of the last dimension over the root of its mean square plus `epsilon`, rounded to
-/// `x`'s kind, times `weight`.
-///
-/// # Shapes
-/// `x`: `[.., H]`; `weight`: `[H]`. Returns `[.., H]`.
-///
-/// # Errors
-/// libtorch's (out of memory).
-pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Option<Tensor>> {
-    // SAFETY: live tensors.
-    let plain = returned(|result| unsafe { rlhf_rms_norm(raw(x), raw(weight), epsilon, result) })?;
-    match plain {
-        Some(plain) => Ok(Some(plain)),
-        // SAFETY: as above.
-        None => returned(|result| unsafe {
-            rlhf_trained_rms_norm(raw(x), raw(weight), epsilon, result)
-        }),
-    }
-}
-
-/// Rotary positions: `x * cos` plus `sin` times `x` with the halves of its first `width` dimensions
-/// exchanged; the dimensions after them stay.
-///
-/// # Shapes
-/// `x`: `[N, heads, d]`; `cos`, `sin`: `[N, 1, width]`, `sin` with its first half negated. Returns
-/// `[N, heads, d]`.
-///
-/// # Errors
-/// libtorch's (out of memory).
-pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Option<Tensor>> {
-    // SAFETY: live tensors; the shim checks their sizes.
-    let plain = returned(|result| unsafe { rlhf_rotate(raw(x), raw(cos), raw(sin), result) })?;
-    match plain {
-        Some(plain) => Ok(Some(plain)),
-        // SAFETY: as above.
-        None => {
-            returned(|result| unsafe { rlhf_trained_rotate(raw(x), raw(cos), raw(sin), result) })
-        }
-    }
-}
-
-/// `silu(gate) * up`.
-///
-/// # Shapes
-/// All of one shape.
-///
-/// # Errors
-/// libtorch's (out of memory).
-pub fn silu_gated(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
-    // SAFETY: live tensors; the shim checks their sizes.
-    let plain = returned(|result| unsafe { rlhf_silu_gated(raw(gate), raw(up), result) })?;
-    match plain {
-        Some(plain) => Ok(Some(plain)),
-        // SAFETY: as above.
-        None => returned(|result| unsafe { rlhf_trained_silu_gated(raw(gate), raw(up), result) }),
-    }
 }
 
 /// One token of every row and the cache that it looks at, for [`cached_attention`].

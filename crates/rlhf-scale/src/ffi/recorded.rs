@@ -1,27 +1,28 @@
-//! Training in bf16 on the CPU: what lies between a model's matrix products, and causal attention, in
+//! What lies between a model's matrix products on the CPU, and causal attention, in f32 and bf16: in
 //! single passes that are recorded for backward.
 //!
-//! In 16 bits the products take half the time that they take in f32, and what was small beside them is
-//! not any more: libtorch has up to eight passes over memory for a norm, as many back, and calls a
-//! library for every tile of attention. These kernels have one pass each way, compute in f32 and round
-//! results only. They keep for backward what they read, not what they computed in between.
+//! Beside products that use what a processor has, what was small is not any more: libtorch has up to
+//! eight passes over memory for a norm, as many back, and calls a library for every tile of attention.
+//! These kernels have one pass each way, compute in f32 and round results only. They keep for backward
+//! what they read, not what they computed in between.
 //!
 //! They serve with and without gradients, to the same bits, so that log-probabilities of a rollout are
 //! those that training begins with. Each returns `None` where it does not apply and the caller does it
-//! with libtorch: on another device or kind than bf16, on a processor without AVX-512, under autocast.
-//! Forward's results depend neither on other rows nor on the number of threads, and so do gradients.
-//! There is no second derivative: asking for one is an error.
+//! with libtorch: on another device or kind than f32 and bf16, on a processor without AVX2, under
+//! autocast; in f32, where they are [not wanted](super::kernels::set_training). Forward's results depend
+//! neither on other rows nor on the number of threads, and so do gradients. There is no second
+//! derivative: asking for one is an error.
 
 use std::ptr::null_mut;
 
 use rlhf_core::Segment;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::{Message, Raw, check, raw};
 use crate::Result;
 
 unsafe extern "C" {
-    fn rlhf_trains_bf16() -> bool;
+    fn rlhf_records(bf16: bool) -> bool;
     fn rlhf_recorded_rms_norm(
         x: Raw,
         added: Raw,
@@ -44,10 +45,11 @@ unsafe extern "C" {
     ) -> Message;
 }
 
-/// Whether this processor has these kernels.
-pub fn available() -> bool {
-    // SAFETY: asks the processor.
-    unsafe { rlhf_trains_bf16() }
+/// Whether this processor has these kernels for a kind, and they are
+/// [wanted](super::kernels::set_training).
+pub fn available(kind: Kind) -> bool {
+    // SAFETY: asks the processor, and reads a flag.
+    matches!(kind, Kind::Float | Kind::BFloat16) && unsafe { rlhf_records(kind == Kind::BFloat16) }
 }
 
 /// Each vector of the last dimension over the root of its mean square plus `epsilon`, rounded, times
@@ -104,7 +106,8 @@ pub fn add_rms_norm(
     Ok(taken(sum).zip(taken(result)))
 }
 
-/// Rotary positions, as [`rotate`](super::kernels::rotate) has them.
+/// Rotary positions: `x * cos` plus `sin` times `x` with the halves of its first `width` dimensions
+/// exchanged; the dimensions after them stay.
 ///
 /// # Shapes
 /// `x`: `[N, heads, d]`; `cos`, `sin`: `[N, 1, width]`, `sin` with its first half negated. Returns

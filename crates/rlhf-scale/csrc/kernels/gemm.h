@@ -1,0 +1,234 @@
+// Products of matrices with many rows, in f32 or of bf16 that are widened. libtorch's f32 ones go through a library that
+// has nothing for processors with AVX-512 that its maker did not make, and its bf16 ones are slow where the processor has no
+// instructions for them; these fill the registers of any.
+//
+// Both factors are copied into panels that lie in the order in which they are used: rows of the left one `kHigh` at a
+// time, columns of the right one `kBroad` at a time, which makes a tile of sums that fits the registers. An element of the
+// product is the sum of its terms in their order, in blocks of `kDeep`: it depends on its row and its column alone, bit for
+// bit, not on how many others there are, nor on the number of threads or the width of registers.
+
+constexpr int64_t kHigh = kRegisters == 32 ? 14 : 6;  // rows of a tile
+constexpr int64_t kBroad = 2 * kPart;                 // columns of a tile
+
+// `width` vectors of `k` elements side by side: out[t * width + i] is element t of vector i, zero for those behind the
+// `left` that there are. `apart` is from one vector to the next, `along` from one element to the next.
+template <int64_t width, class T>
+WIDE INLINE void pack(const T* from, int64_t apart, int64_t along, int64_t left, int64_t k, float* out) {
+  constexpr int64_t whole = (width + kPart - 1) / kPart * kPart;
+  int64_t t = 0;
+  if (apart == 1 && left >= whole) {
+    for (; t < k; t++, from += along, out += width) {
+      UNROLL for (int64_t i = 0; i < width; i += kPart) {
+        store_first(out + i, load_part(from + i), width - i, t + 1 < k);
+      }
+    }
+    return;
+  }
+  if (along == 1) {
+    for (; t + kPart <= k; t += kPart, out += kPart * width) {
+      for (int64_t i = 0; i < width; i += kPart) {
+        Part square[kPart];
+        UNROLL for (int r = 0; r < kPart; r++) {
+          square[r] = i + r < std::min(width, left) ? load_part(from + (i + r) * apart + t) : all_part(0.0f);
+        }
+        transpose(square);
+        UNROLL for (int r = 0; r < kPart; r++) {
+          store_first(out + r * width + i, square[r], width - i, r + 1 < kPart);
+        }
+      }
+    }
+  }
+  for (; t < k; t++, out += width) {
+    for (int64_t i = 0; i < width; i++) out[i] = i < left ? get(from + i * apart + t * along) : 0.0f;
+  }
+}
+
+// What a tile is finished with.
+template <class C>
+struct Finish {
+  C* c;
+  int64_t stride, rows, columns;  // that are there
+  bool add;
+  const C* bias;
+};
+
+// A tile of the product, of `R` rows.
+template <int R, class C>
+WIDE void tile(const float* a, const float* b, int64_t k, const Finish<C>& to) {
+  Part acc[R][2];
+  UNROLL for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = all_part(0.0f);
+  for (int64_t t = 0; t < k; t++, a += kHigh, b += kBroad) {
+    Part left = load_part(b), right = load_part(b + kPart);
+    UNROLL for (int r = 0; r < R; r++) {
+      Part x = all_part(a[r]);
+      acc[r][0] = fma(x, left, acc[r][0]);
+      acc[r][1] = fma(x, right, acc[r][1]);
+    }
+  }
+  bool whole = to.columns >= kBroad && std::is_same_v<C, float>;
+  UNROLL for (int r = 0; r < R; r++) {
+    if (r < to.rows) {
+      C* out = to.c + r * to.stride;
+      if (whole) {
+        UNROLL for (int v = 0; v < 2; v++) {
+          if (to.bias) acc[r][v] = add(acc[r][v], load_part(to.bias + v * kPart));
+          if (to.add) acc[r][v] = add(acc[r][v], load_part(out + v * kPart));
+          if constexpr (std::is_same_v<C, float>) store_part(out + v * kPart, acc[r][v]);
+        }
+      } else {
+        float sums[kBroad];
+        store_part(sums, acc[r][0]);
+        store_part(sums + kPart, acc[r][1]);
+        for (int64_t i = 0; i < std::min(to.columns, kBroad); i++) {
+          if (to.bias) sums[i] += get(to.bias + i);
+          if (to.add) sums[i] += get(out + i);
+          put(out + i, sums[i]);
+        }
+      }
+    }
+  }
+}
+
+template <class C>
+using Tile = void (*)(const float*, const float*, int64_t, const Finish<C>&);
+
+template <class C>
+Tile<C> tile_for(int64_t rows) {
+  constexpr int most = kHigh;
+  static constexpr Tile<C> tiles[] = {tile<2, C>,  tile<4, C>, tile<6, C>, tile<std::min(8, most), C>,
+                                      tile<std::min(10, most), C>, tile<std::min(12, most), C>, tile<most, C>};
+  return tiles[(rows - 1) / 2];
+}
+
+// The left factor, packed: [blocks of terms][panels of rows][terms][kHigh].
+class Left {
+ public:
+  template <class T>
+  Left(Matrix<T> a, int64_t m, int64_t k)
+      : m_(m), terms_(k), panels_(parts(m, kHigh)), memory_(at::empty({panels_ * kHigh * k}, at::kFloat)) {
+    float* to = memory_.data_ptr<float>();
+    split(terms_.blocks * panels_, std::max<int64_t>(1, 16384 / (kHigh * std::max<int64_t>(1, terms_.most()))),
+          [&](int64_t begin, int64_t end) { fill(a, begin, end, to); });
+  }
+  const float* panel(int64_t block, int64_t panel) const { return memory_.data_ptr<float>() + place(block, panel); }
+  int64_t rows() const { return m_; }
+  int64_t panels() const { return panels_; }
+  const Terms& terms() const { return terms_; }
+
+ private:
+  template <class T>
+  WIDE void fill(Matrix<T> a, int64_t begin, int64_t end, float* to) const {
+    for (int64_t i = begin; i < end; i++) {
+      int64_t block = i / panels_, panel = i % panels_, t = terms_.begin(block), row = panel * kHigh;
+      pack<kHigh>(a.from(row, t).at, a.row, a.column, m_ - row, terms_.begin(block + 1) - t, to + place(block, panel));
+    }
+  }
+  int64_t place(int64_t block, int64_t panel) const {
+    int64_t t = terms_.begin(block);
+    return kHigh * (t * panels_ + panel * (terms_.begin(block + 1) - t));
+  }
+  int64_t m_;
+  Terms terms_;
+  int64_t panels_;
+  at::Tensor memory_;
+};
+
+// Some columns of a factor [k, n], packed: [panels][terms][kBroad].
+template <class T>
+struct Right {
+  Matrix<T> b;
+  int64_t n, term, terms;  // terms from `term` on
+  WIDE void pack_into(float* near, int64_t begin, int64_t end) const {
+    for (int64_t panel = begin; panel < end; panel++, near += kBroad * terms) {
+      int64_t column = panel * kBroad;
+      pack<kBroad>(b.from(term, column).at, b.column, b.row, n - column, terms, near);
+    }
+  }
+};
+
+// A block of terms for the panels `begin` to `end` of columns, packed in `near`, and `first` to `last` of rows.
+template <class T, class C>
+void tiles(const Left& a, int64_t block, const Right<T>& b, const Output<C>& to, const float* near, int64_t begin,
+           int64_t end, int64_t first, int64_t last) {
+  bool add = to.add || block > 0;
+  const C* bias = block == 0 ? to.bias : nullptr;
+  for (int64_t high = first; high < last; high++) {
+    int64_t row = high * kHigh, rows = std::min(kHigh, a.rows() - row);
+    Tile<C> tile = tile_for<C>(rows);
+    for (int64_t panel = begin; panel < end; panel++) {
+      int64_t column = panel * kBroad;
+      Finish<C> finish{to.c + row * to.stride + column, to.stride, rows, b.n - column, add, bias ? bias + column : nullptr};
+      tile(a.panel(block, high), near + (panel - begin) * kBroad * b.terms, b.terms, finish);
+    }
+  }
+}
+
+template <class T, class C>
+void multiply_packed(const Left& a, Matrix<T> b, int64_t n, const Output<C>& to) {
+  int64_t panels = parts(n, kBroad), most = at::in_parallel_region() ? 1 : at::get_num_threads();
+  if (panels == 0 || a.panels() == 0) return;
+  int64_t deep = std::max<int64_t>(1, a.terms().most());
+  int64_t threads = std::clamp<int64_t>(panels * a.panels() * deep * kHigh * kBroad >> 19, 1, most);
+  // Pieces of columns that a thread keeps near, and of rows: several for each thread, which takes the next when it is done
+  // with one, so that none waits long for another that was held up.
+  int64_t side = std::clamp<int64_t>(near_floats() / (kBroad * deep), 1, parts(panels, threads));
+  int64_t across = parts(panels, side);
+  int64_t down =
+      std::clamp<int64_t>(parts(threads == 1 ? 1 : 4 * threads, across), 1, parts(a.panels(), parts(kChunk, kHigh)));
+  auto memory = at::empty({threads * side * kBroad * deep}, at::kFloat);
+  float* buffers = memory.data_ptr<float>();
+  for (int64_t block = 0; block < a.terms().blocks; block++) {
+    int64_t term = a.terms().begin(block);
+    Right<T> right{b, n, term, a.terms().begin(block + 1) - term};
+    std::atomic<int64_t> next{0};
+    split(threads, 1, [&](int64_t begin, int64_t end) {
+      float* near = buffers + begin * side * kBroad * deep;
+      int64_t packed = -1;
+      for (int64_t i = next++; i < across * down; i = next++) {
+        int64_t x = i / down, y = i % down, left = x * side, past = std::min(panels, left + side);
+        if (x != packed) right.pack_into(near, left, past);
+        packed = x;
+        tiles(a, block, right, to, near, left, past, a.panels() * y / down, a.panels() * (y + 1) / down);
+      }
+    });
+  }
+}
+
+template <class T>
+WIDE void round_rows(const float* from, const Output<T>& to, int64_t width, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; row++) {
+    T* out = to.c + row * to.stride;
+    by_sixteen(width, [&](int64_t i, auto there) WIDE {
+      Lanes sum = load(from + row * width + i, there);
+      if (to.bias) sum = add(sum, load(to.bias + i, there));
+      if (to.add) sum = add(sum, load(out + i, there));
+      store(out + i, there, sum);
+    });
+  }
+}
+
+// a times b [k, n], rounded once: by way of f32 where there are several blocks of terms.
+template <class T, class C>
+void multiply(const Left& a, Matrix<T> b, int64_t n, const Output<C>& to) {
+  if constexpr (!std::is_same_v<C, float>) {
+    if (a.terms().blocks > 1 && n > 0) {
+      auto sums = at::empty({a.rows(), n}, at::kFloat);
+      multiply_packed(a, b, n, Output<float>{sums.data_ptr<float>(), n});
+      split(a.rows(), std::max<int64_t>(1, 32768 / n), [&](int64_t begin, int64_t end) {
+        round_rows(sums.data_ptr<float>(), to, n, begin, end);
+      });
+      return;
+    }
+  }
+  multiply_packed(a, b, n, to);
+}
+
+// The products of `a` [m, k] with each of the right factors [k, n]. What is packed of `a` is packed once.
+template <class T, class C>
+void multiply_all(Matrix<T> a, int64_t m, int64_t k, const std::vector<Matrix<T>>& factors,
+                  const std::vector<int64_t>& columns, const std::vector<Output<C>>& outputs) {
+  for (int64_t row = 0; row < m; row += kTall) {
+    Left left(a.from(row, 0), std::min(kTall, m - row), k);
+    for (size_t i = 0; i < factors.size(); i++) multiply(left, factors[i], columns[i], outputs[i].from(row));
+  }
+}
