@@ -3,10 +3,7 @@
 //
 // A function that does not apply (another device or kind, a processor without AVX2) does nothing and says
 // so in `done`. A row's result depends on that row alone, not on the number of threads.
-#include "guard.h"
-#include "vectors.h"
-
-#include <cmath>
+#include "wide.h"
 
 #ifdef RLHF_KERNELS
 namespace rlhf {
@@ -52,15 +49,6 @@ bool are_ids(const Tensor* t, int64_t rows) {
   return !t || (t->device().is_cpu() && t->scalar_type() == at::kLong && t->is_contiguous() && t->numel() == rows);
 }
 
-// `body(T*)` for the kind of the block.
-template <class Body>
-void by_kind(const Tensor& block, const Body& body) {
-  if (block.scalar_type() == at::kFloat) body(static_cast<float*>(block.data_ptr()));
-  else body(static_cast<uint16_t*>(block.data_ptr()));
-}
-
-int64_t grain(int64_t width) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, width)); }
-
 }  // namespace
 #endif
 
@@ -88,11 +76,12 @@ char* rlhf_softmax_add(const Tensor* logits, const Tensor* ids, int64_t first, d
     if (!are_ids(ids, rows)) return;
     const int64_t* tokens = static_cast<const int64_t*>(ids->data_ptr());
     float *m = column(maxima), *s = column(sums), *p = column(products), *c = column(chosen);
-    by_kind(*logits, [&](auto* data) {
+    by_kind(*logits, [&](auto* kind) {
+      auto* from = data<std::remove_pointer_t<decltype(kind)>>(*logits);
       split(rows, grain(width), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
           Known known{m + i, s + i, p ? p + i : nullptr, c + i};
-          ON_PROCESSOR(add_row(data + i * width, width, tokens[i] - first, static_cast<float>(scale), known));
+          ON_PROCESSOR(add_row(from + i * width, width, tokens[i] - first, static_cast<float>(scale), known));
         }
       });
     });
@@ -118,13 +107,14 @@ char* rlhf_softmax_grad(const Tensor* logits, const Tensor* ids, int64_t first, 
     const int64_t* tokens = ids ? static_cast<const int64_t*>(ids->data_ptr()) : nullptr;
     float *m = column(maxima), *l = column(log_sums), *o = column(own);
     float *eg = column(entropies ? entropy_grads : nullptr), *e = column(entropies);
-    by_kind(*logits, [&](auto* data) {
-      auto* target = static_cast<decltype(data)>(out->data_ptr());
+    by_kind(*logits, [&](auto* kind) {
+      using T = std::remove_pointer_t<decltype(kind)>;
+      T *from = data<T>(*logits), *target = data<T>(*out);
       split(rows, grain(width), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
           Coefficients c{m[i], l[i], o[i], eg ? eg[i] : 0, eg ? e[i] : 0};
           int64_t token = tokens ? tokens[i] - first : -1;
-          ON_PROCESSOR(grad_row(data + i * width, target + i * width, width, token, static_cast<float>(scale), c));
+          ON_PROCESSOR(grad_row(from + i * width, target + i * width, width, token, static_cast<float>(scale), c));
         }
       });
     });

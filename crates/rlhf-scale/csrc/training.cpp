@@ -17,12 +17,8 @@ namespace {
 
 using namespace rlhf;
 
-// Elements that a thread is worth its start for.
-constexpr int64_t kGrain = 32768;
 // Rows whose shares of a weight's gradient are added up first, whatever the number of threads.
 constexpr int64_t kShare = 64;
-
-int64_t grain(int64_t width) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)); }
 
 // Calls `run` with the beginning and the number of elements of parts.
 template <class Run>

@@ -15,8 +15,10 @@
 
 #if defined(__x86_64__) && defined(__linux__)
 #define RLHF_KERNELS 1
+#ifndef RLHF_AVX512  // emulated/avx512.cpp has its own
 #define RLHF_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #define RLHF_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
+#endif
 #define RLHF_AVX2 __attribute__((target("avx2,fma")))
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")

@@ -22,6 +22,10 @@ T* data(const at::Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
+// Elements that a thread is worth its start for, and rows of such a width.
+constexpr int64_t kGrain = 32768;
+inline int64_t grain(int64_t width) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)); }
+
 // Whether the kernels of training are wanted, and the products of many rows.
 inline std::atomic<bool>& wanted() {
   static std::atomic<bool> flag{true};
