@@ -216,10 +216,16 @@ impl ModelShape {
         // output's gradient, and those of the feed-forward layer. Attention may need more after the
         // feed-forward layer is done.
         let branches = if self.gated { 2 } else { 1 };
-        // Of 16-bit operands in the layout of GPT-2's matrices the kernel makes a copy in the other.
-        let copied = when(bytes < 4 && self.projection == Projection::Fused, inner);
-        let feed_forward_backward =
-            bytes * (fed * (hidden + branches * inner + copied) + inner * hidden);
+        // Of 16-bit operands in the layout of GPT-2's matrices libtorch's kernel makes a copy in the
+        // other.
+        let own_products = self.on_cpu && kernels::multiplies(precision.kind());
+        let copied = when(
+            bytes < 4 && self.projection == Projection::Fused && !own_products,
+            inner,
+        );
+        let feed_forward_backward = bytes
+            * (fed * (hidden + branches * inner + copied) + inner * hidden)
+            + self.packing(precision, fed);
         let feed_forward_kept = bytes * fed * feed_forward;
         BlockMemory {
             input: bytes * tokens.count * hidden,
