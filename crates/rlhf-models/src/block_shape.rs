@@ -225,7 +225,7 @@ impl ModelShape {
         );
         let feed_forward_backward = bytes
             * (fed * (hidden + branches * inner + copied) + inner * hidden)
-            + self.packing(precision, fed);
+            + self.packing(precision, fed, if self.gated { hidden } else { inner });
         let feed_forward_kept = bytes * fed * feed_forward;
         BlockMemory {
             input: bytes * tokens.count * hidden,
@@ -352,7 +352,8 @@ impl ModelShape {
             (false, Projection::Fused) => 4 * hidden + 2 * (self.query + self.key) + 2 * inner,
             (false, _) => 4 * hidden + 2 * inner,
         };
-        let first_pass = bytes * rows * prompt * row + self.packing(precision, rows * prompt);
+        let first_pass =
+            bytes * rows * prompt * row + self.packing(precision, rows * prompt, inner);
         // 16-bit logits, theirs in f32, and what sampling makes of these.
         let logits = rows * self.vocab * (bytes + 4 + 4);
         GenerationMemory {
@@ -361,14 +362,14 @@ impl ModelShape {
         }
     }
 
-    /// Buffers that products of `rows` rows copy their factors to, in f32: of the left one at most
+    /// Buffers that products of `rows` rows of so many elements copy their factors to, in f32: of the left one at most
     /// 2,100 rows at a time, of the right one half of the cache of every thread.
-    fn packing(&self, precision: Precision, rows: u64) -> u64 {
+    fn packing(&self, precision: Precision, rows: u64, width: u64) -> u64 {
         if !(self.on_cpu && kernels::multiplies(precision.kind())) {
             return 0;
         }
         let threads = u64::try_from(tch::get_num_threads()).unwrap_or(1);
-        let left = rows.min(2100).next_multiple_of(14) * self.intermediate;
+        let left = rows.min(2100).next_multiple_of(14) * width;
         let right = threads * (112 << 10).min(self.hidden * self.intermediate);
         4 * (left + right)
     }

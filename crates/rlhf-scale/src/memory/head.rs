@@ -2,7 +2,7 @@
 
 use tch::Kind;
 
-use crate::ffi::softmax;
+use crate::ffi::{kernels, softmax};
 use crate::linear_logprobs::{Blocks, at_once, rows_at_once};
 use crate::{HeadMemory, Precision};
 
@@ -57,7 +57,7 @@ impl LogprobsMemory {
             // Three numbers a token, and the room of the gradient, which has logits until then.
             kept: bytes * hidden + 12 * self.tokens + gradient,
             forward: work,
-            backward: work + slope + hidden_grads,
+            backward: work + slope + hidden_grads + self.packed(blocks),
             gradient,
             ..HeadMemory::default()
         }
@@ -113,6 +113,16 @@ impl LogprobsMemory {
         };
         let slope = if self.softcap { 4 * block } else { 0 };
         ((self.bytes() + wide) * block, slope)
+    }
+
+    /// Bytes of a block's gradient as a product of our own copies it for that of the weight: in f32,
+    /// at most 2,100 of the vocabulary at a time.
+    fn packed(&self, blocks: Blocks) -> u64 {
+        let width = blocks.width().max(1) as u64;
+        match kernels::multiplies(self.kind()) {
+            true => 4 * width.min(2100) * (blocks.elements() as u64 / width),
+            false => 0,
+        }
     }
 
     fn kind(&self) -> Kind {
