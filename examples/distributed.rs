@@ -21,7 +21,6 @@ use rlhf::scale::distributed::{
     DataParallel, GroupOptions, Mesh, MeshShape, ProcessGroup, Sharding, Spawn, World,
 };
 use rlhf::sft::{SftConfig, SftTrainer};
-use rlhf::tch::Tensor;
 
 #[derive(Parser)]
 #[command(about = "Fine-tunes the small model of the other examples on one or several processes")]
@@ -78,7 +77,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         tensor: args.tensor,
     };
     let mesh = Mesh::new(&all, shape)?;
-    let _world = World::of(mesh.data().clone(), &options)?;
+    let world = World::on(&mesh, &options)?;
     let placement = placement(&mesh);
 
     let root = env!("CARGO_MANIFEST_DIR");
@@ -100,17 +99,14 @@ fn main() -> Result<(), Box<dyn Error>> {
         ..EpochConfig::default()
     };
     let start = Instant::now();
-    let mut observers: Vec<Box<dyn Observer>> = Vec::new();
-    if all.rank() == 0 {
-        observers.push(Box::new(ProgressObserver::new(["sft/loss", "sft/tokens"])));
-    }
-    trainer.train(&data, &epochs, &mut observers)?;
+    // Of all processes the first's are told.
+    let progress: Box<dyn Observer> = Box::new(ProgressObserver::new(["sft/loss", "sft/tokens"]));
+    trainer.train(&data, &epochs, &mut [progress])?;
     let seconds = start.elapsed().as_secs_f64();
 
-    // Evaluated everywhere alike, known in the last stage, said once.
-    let loss = Tensor::from(trainer.evaluate(&data[..32])?.loss);
-    mesh.pipeline().broadcast(&loss, args.pipeline - 1)?;
-    if all.rank() == 0 {
+    // Evaluated by all, said once.
+    let loss = trainer.evaluate(&data[..32])?.loss;
+    if world.is_first() {
         println!(
             "{} processes ({} copies of {} stages of {} parts), {} sharded: {:.3} s a step, loss {:.6}",
             all.size(),
@@ -119,7 +115,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             shape.tensor,
             args.sharding,
             seconds / args.steps as f64,
-            f64::try_from(&loss)?
+            loss
         );
         println!("sent to other copies: {}", mesh.data().traffic());
         println!("to other parts of layers: {}", mesh.tensor().traffic());

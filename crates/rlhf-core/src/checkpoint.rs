@@ -108,7 +108,7 @@ impl CheckpointStore {
         write: impl FnOnce(&Path) -> Result<(), E>,
     ) -> Result<Checkpoint, E> {
         let replicas = Replicas::current();
-        if replicas.size() == 1 {
+        if replicas.run_size() == 1 {
             let prepared = self.prepare(step)?;
             return self.save_here(prepared, write);
         }
@@ -118,7 +118,7 @@ impl CheckpointStore {
             let saved = self.save_here(prepared, write);
             return replicas.agree(saved);
         }
-        let scratch = scratch(replicas.rank());
+        let scratch = scratch(replicas.run_rank());
         let made = fs::create_dir_all(&scratch).map_err(Error::io("creating", &scratch));
         replicas.agree(made.map_err(E::from))?;
         let written = write(&scratch);

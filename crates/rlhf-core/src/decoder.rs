@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tch::Tensor;
 
-use crate::{Error, PaddingSide, Policy, Result, Sequence, SequenceBatch};
+use crate::{Error, PaddingSide, PipelineStage, Policy, Result, Sequence, SequenceBatch};
 
 /// A batch of sequences that grows by one token per row and step. Rows come and go: it begins
 /// with none.
@@ -57,6 +57,13 @@ pub trait Decoder {
     fn reserve(&mut self, rows: usize, tokens: usize) -> Result<()> {
         let _ = (rows, tokens); // a cache would be sized by it
         Ok(())
+    }
+
+    /// The stage that this rank has, where the model's blocks are spread over several. Logits are
+    /// those of the last then, and something of their shape in the others; who chooses tokens by
+    /// them does so in the last, which [tells](PipelineStage::tell) the others.
+    fn stage(&self) -> Option<&PipelineStage> {
+        None
     }
 }
 

@@ -5,6 +5,7 @@ mod rows;
 mod shared;
 mod stream;
 mod text;
+mod told;
 
 use std::sync::Arc;
 

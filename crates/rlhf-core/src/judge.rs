@@ -25,6 +25,13 @@ pub trait RewardModel: Send {
     fn take_report(&self) -> Stats {
         Stats::new()
     }
+
+    /// Whether each of several processes that train together asks its own, as it must where a model
+    /// lies on several of them. Otherwise the first asks for all. The first one's scores count in
+    /// any case.
+    fn is_asked_everywhere(&self) -> bool {
+        true
+    }
 }
 
 /// How much a completion offends against a rule.
@@ -40,6 +47,11 @@ pub trait ConstraintModel: Send {
     /// # Errors
     /// Whatever the model finds wrong, wrapped by [`Error::model`] if it is not an [`Error`].
     fn cost(&self, completions: &Completions) -> Result<Tensor>;
+
+    /// As [`RewardModel::is_asked_everywhere`].
+    fn is_asked_everywhere(&self) -> bool {
+        true
+    }
 }
 
 /// The critic: how much reward is still to come.
@@ -120,11 +132,19 @@ impl<M: RewardModel + ?Sized> RewardModel for Box<M> {
     fn take_report(&self) -> Stats {
         (**self).take_report()
     }
+
+    fn is_asked_everywhere(&self) -> bool {
+        (**self).is_asked_everywhere()
+    }
 }
 
 impl<M: ConstraintModel + ?Sized> ConstraintModel for Box<M> {
     fn cost(&self, completions: &Completions) -> Result<Tensor> {
         (**self).cost(completions)
+    }
+
+    fn is_asked_everywhere(&self) -> bool {
+        (**self).is_asked_everywhere()
     }
 }
 
@@ -161,11 +181,19 @@ impl<F: Fn(&str, &str) -> f64 + Send + Sync> RewardModel for RewardFn<F> {
     fn score(&self, completions: &Completions) -> Result<Tensor> {
         judge_texts("reward", completions.texts()?, &self.0)
     }
+
+    fn is_asked_everywhere(&self) -> bool {
+        false
+    }
 }
 
 impl<F: Fn(&str, &str) -> f64 + Send + Sync> ConstraintModel for ConstraintFn<F> {
     fn cost(&self, completions: &Completions) -> Result<Tensor> {
         judge_texts("cost", completions.texts()?, &self.0)
+    }
+
+    fn is_asked_everywhere(&self) -> bool {
+        false
     }
 }
 

@@ -83,9 +83,11 @@ mod checkpoint;
 mod collective;
 mod completions;
 mod cursor;
+mod cut;
 mod decoder;
 mod epochs;
 mod error;
+mod gather;
 mod generate;
 mod judge;
 mod kept;
@@ -94,22 +96,27 @@ mod masked;
 mod observer;
 mod packed;
 mod padded;
+mod parameter_shards;
 mod parameters;
 mod policy;
 mod preference;
+mod ranks;
 mod replicas;
 pub mod rng;
 pub mod sampling;
 mod sequence;
+mod stage;
 mod stats;
 
 pub use checkpoint::{Checkpoint, CheckpointStore};
-pub use collective::{Collective, ParameterShards, PipelineStage, Reduction};
+pub use collective::{Collective, Reduction};
 pub use completions::{Completions, Detokenize, FinishReason, Text};
 pub use cursor::{DataCursor, DataOrder};
+pub use cut::Cut;
 pub use decoder::{Decoder, RecomputeDecoder};
 pub use epochs::{CheckpointConfig, EpochConfig, EpochTrainer, train_epochs};
 pub use error::{Error, Result, check_same_shape};
+pub use gather::{gather_parts, gather_stages};
 pub use generate::{BestOfN, GenerationConfig, Generator, TextPiece, TextStream, generate};
 pub use judge::{
     ActorCritic, ConstraintFn, ConstraintModel, RewardFn, RewardModel, Scorer, ValueModel,
@@ -126,13 +133,16 @@ pub use masked::{
 pub use observer::{Event, JsonlObserver, Observer, ProgressObserver, notify};
 pub use packed::{PackedBatch, Segment};
 pub use padded::PaddedBatch;
+pub use parameter_shards::{Cuts, ParameterShards};
 pub use parameters::{Parameters, joined_parameters, joined_shards};
 pub use policy::{LogprobOptions, Policy};
 pub use preference::{Preference, PreferenceBatch};
+pub use ranks::Ranks;
 pub use replicas::{Exchange, Replicas};
 pub use rng::RngStreams;
 pub use sampling::SamplingConfig;
 pub use sequence::{PaddingSide, Sequence, SequenceBatch};
+pub use stage::PipelineStage;
 pub use stats::Stats;
 
 pub use tch;

@@ -80,16 +80,9 @@ pub fn notify(
     observers: &mut [Box<dyn Observer + '_>],
     event: &Event<'_>,
 ) -> Result<ControlFlow<()>> {
-    let replicas = Replicas::current();
-    if replicas.size() == 1 {
-        return tell(observers, event);
-    }
-    let own = match replicas.is_first() {
-        true => tell(observers, event).map(|answer| vec![u8::from(answer.is_break())]),
-        false => Ok(Vec::new()),
-    };
-    let answers = replicas.exchange(own)?;
-    Ok(match answers.first().is_some_and(|first| first == &[1]) {
+    let ask = || tell(observers, event).map(|answer| vec![f64::from(answer.is_break())]);
+    let answer = Replicas::current().numbers_of_the_first(false, ask)?;
+    Ok(match answer.first().is_some_and(|&stop| stop > 0.0) {
         true => ControlFlow::Break(()),
         false => ControlFlow::Continue(()),
     })

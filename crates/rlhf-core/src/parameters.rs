@@ -60,10 +60,19 @@ pub fn joined_parameters(parts: &[(&str, &dyn Parameters)]) -> Vec<(String, Tens
     joined
 }
 
-/// The [`ParameterShards`] of [`joined_parameters`], of parts that lie on the same ranks.
+/// The [`ParameterShards`] of [`joined_parameters`], of parts that lie on the same ranks; a part that
+/// is not split is on all of them.
 pub fn joined_shards(parts: &[(&str, &dyn Parameters)]) -> Option<ParameterShards> {
-    parts
-        .iter()
-        .filter_map(|(prefix, part)| Some(part.parameter_shards()?.prefixed(prefix)))
-        .reduce(ParameterShards::and)
+    let (mut split, mut whole) = (Vec::new(), Vec::new());
+    for (prefix, part) in parts {
+        match part.parameter_shards() {
+            Some(shards) => split.push(shards.prefixed(prefix)),
+            None => {
+                let names = part.named_parameters().into_iter();
+                whole.extend(names.map(|(name, _)| format!("{prefix}.{name}")));
+            }
+        }
+    }
+    let joined = split.into_iter().reduce(ParameterShards::and)?;
+    Some(joined.with_whole(whole))
 }

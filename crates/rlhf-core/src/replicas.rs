@@ -33,6 +33,10 @@ pub trait Exchange: Send + Sync {
 ///
 /// One process alone is the default, for which everything here is nothing.
 ///
+/// Where a copy of the model lies on several processes, those that have the same part of it are
+/// replicas of each other, and all processes together are the [run](Self::in_run), whose first writes
+/// files and prints.
+///
 /// ```
 /// use rlhf_core::Replicas;
 ///
@@ -43,53 +47,85 @@ pub trait Exchange: Send + Sync {
 /// }
 /// ```
 #[derive(Clone, Default)]
-pub struct Replicas(Option<Arc<dyn Exchange>>);
+pub struct Replicas {
+    /// Those with other data.
+    copies: Option<Arc<dyn Exchange>>,
+    /// All processes, where those are more.
+    run: Option<Arc<dyn Exchange>>,
+}
 
-static CURRENT: RwLock<Option<Arc<dyn Exchange>>> = RwLock::new(None);
+static CURRENT: RwLock<Replicas> = RwLock::new(Replicas::alone());
 
 impl Replicas {
     /// One process.
     pub const fn alone() -> Self {
-        Self(None)
+        Self {
+            copies: None,
+            run: None,
+        }
     }
 
     /// The processes that `exchange` joins.
     pub fn of(exchange: Arc<dyn Exchange>) -> Self {
-        match exchange.size() {
-            0 | 1 => Self(None),
-            _ => Self(Some(exchange)),
+        Self {
+            copies: (exchange.size() > 1).then_some(exchange),
+            run: None,
+        }
+    }
+
+    /// These, in a run of more processes: those of other parts of the model, too.
+    #[must_use]
+    pub fn in_run(self, run: Arc<dyn Exchange>) -> Self {
+        Self {
+            run: (run.size() > 1).then_some(run),
+            ..self
         }
     }
 
     /// Those that this process is one of, for every trainer that is made from now on: see
     /// [`make_current`](Self::make_current).
     pub fn current() -> Self {
-        Self(
-            CURRENT
-                .read()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clone(),
-        )
+        CURRENT
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Makes them what [`current`](Self::current) returns.
     pub fn make_current(&self) {
-        *CURRENT.write().unwrap_or_else(PoisonError::into_inner) = self.0.clone();
+        *CURRENT.write().unwrap_or_else(PoisonError::into_inner) = self.clone();
     }
 
     /// This process among them, from 0.
     pub fn rank(&self) -> usize {
-        self.0.as_ref().map_or(0, |exchange| exchange.rank())
+        self.copies.as_ref().map_or(0, |exchange| exchange.rank())
     }
 
     /// How many there are.
     pub fn size(&self) -> usize {
-        self.0.as_ref().map_or(1, |exchange| exchange.size())
+        self.copies.as_ref().map_or(1, |exchange| exchange.size())
     }
 
-    /// Whether this is the process that writes files and prints.
+    /// This process among all of the run, from 0.
+    pub fn run_rank(&self) -> usize {
+        self.run().map_or(0, |run| run.rank())
+    }
+
+    /// All processes of the run.
+    pub fn run_size(&self) -> usize {
+        self.run().map_or(1, |run| run.size())
+    }
+
+    fn run(&self) -> Option<&dyn Exchange> {
+        self.run
+            .as_ref()
+            .or(self.copies.as_ref())
+            .map(AsRef::as_ref)
+    }
+
+    /// Whether this is the process that writes files and prints: the first of the run.
     pub fn is_first(&self) -> bool {
-        self.rank() == 0
+        self.run_rank() == 0
     }
 
     /// This process's part of `items`: the shares are contiguous, in the order of the ranks, and
@@ -118,46 +154,56 @@ impl Replicas {
     where
         E: From<Error> + Display,
     {
-        let Some(exchange) = &self.0 else {
-            return Ok(vec![own?]);
-        };
-        let message = match &own {
-            Ok(bytes) => [&[1], bytes.as_slice()].concat(),
-            Err(error) => [&[0], error.to_string().as_bytes()].concat(),
-        };
-        let gathered = exchange.all_gather(&message);
-        own?;
-        let mut all = Vec::with_capacity(exchange.size());
-        for (rank, mut message) in gathered?.into_iter().enumerate() {
-            let good = message.first() == Some(&1);
-            let bytes = message.split_off(message.len().min(1));
-            if !good {
-                let message = String::from_utf8_lossy(&bytes).into_owned();
-                return Err(Error::Peer { rank, message }.into());
-            }
-            all.push(bytes);
-        }
-        Ok(all)
+        exchanged(self.copies.as_ref().map(AsRef::as_ref), own)
     }
 
-    /// Lets all go on, or none: fails everywhere if `own` is an error somewhere.
+    /// What the first process of the run says, in all of them. Judges need not be functions of what
+    /// they judge, and all processes must go on with the same numbers. The others are asked too where
+    /// `everywhere` says so, and fail if one does.
+    ///
+    /// # Errors
+    /// Those of `ask`, anywhere; those of the [`Exchange`].
+    pub fn numbers_of_the_first<E>(
+        &self,
+        everywhere: bool,
+        ask: impl FnOnce() -> Result<Vec<f64>, E>,
+    ) -> Result<Vec<f64>, E>
+    where
+        E: From<Error> + Display,
+    {
+        if self.run().is_none() {
+            return ask();
+        }
+        let own = match everywhere || self.is_first() {
+            true => ask(),
+            false => Ok(Vec::new()),
+        };
+        let bytes = own.map(|numbers| numbers.iter().flat_map(|n| n.to_le_bytes()).collect());
+        let all = exchanged(self.run(), bytes)?;
+        let number = |bytes: &[u8]| f64::from_le_bytes(bytes.try_into().unwrap_or_default());
+        let first = all.first().ok_or_else(nothing)?;
+        Ok(first.chunks_exact(8).map(number).collect())
+    }
+
+    /// Lets all processes of the run go on, or none: fails everywhere if `own` is an error somewhere.
     ///
     /// # Errors
     /// As [`exchange`](Self::exchange).
     pub fn agree<T, E: From<Error> + Display>(&self, own: Result<T, E>) -> Result<T, E> {
-        if self.0.is_none() {
+        if self.run().is_none() {
             return own;
         }
         let mut kept = None;
-        self.exchange(own.map(|value| {
+        let handed_in = own.map(|value| {
             kept = Some(value);
             Vec::new()
-        }))?;
+        });
+        exchanged(self.run(), handed_in)?;
         // Handed in as good, so it was kept.
         kept.ok_or_else(|| {
             let message = "its result is gone".to_string();
             E::from(Error::Peer {
-                rank: self.rank(),
+                rank: self.run_rank(),
                 message,
             })
         })
@@ -188,7 +234,7 @@ impl Replicas {
     where
         E: From<Error> + Display,
     {
-        if self.0.is_none() {
+        if self.copies.is_none() {
             return own;
         }
         let bytes = own.and_then(|tensors| Ok(encode(&tensors)?));
@@ -205,17 +251,18 @@ impl Replicas {
         columns.iter().map(cat).collect()
     }
 
-    /// Fails everywhere unless all processes have the same `step` of a run, which they have from
+    /// Fails everywhere unless all processes of the run have the same `step` of a run, which they have from
     /// what they found in a folder, `field` of the configuration.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] for a folder that not all of them see; as
     /// [`exchange`](Self::exchange).
     pub fn check_same(&self, field: &'static str, step: u64) -> Result<()> {
-        if self.0.is_none() {
+        if self.run().is_none() {
             return Ok(());
         }
-        let steps = self.exchange::<Error>(Ok(step.to_le_bytes().to_vec()))?;
+        let own = Ok(step.to_le_bytes().to_vec());
+        let steps = exchanged::<Error>(self.run(), own)?;
         match steps.iter().all(|other| *other == step.to_le_bytes()) {
             true => Ok(()),
             false => {
@@ -230,7 +277,7 @@ impl Replicas {
     /// # Errors
     /// As [`exchange`](Self::exchange).
     pub fn sum<E: From<Error> + Display>(&self, own: Result<Vec<f64>, E>) -> Result<Vec<f64>, E> {
-        if self.0.is_none() {
+        if self.copies.is_none() {
             return own;
         }
         let rows = self.gather_rows(own.map(|numbers| {
@@ -249,7 +296,34 @@ impl std::fmt::Debug for Replicas {
     }
 }
 
-fn nothing<E: From<Error>>() -> E {
+/// What every process of an exchange hands in: see [`Replicas::exchange`].
+fn exchanged<E>(exchange: Option<&dyn Exchange>, own: Result<Vec<u8>, E>) -> Result<Vec<Vec<u8>>, E>
+where
+    E: From<Error> + Display,
+{
+    let Some(exchange) = exchange else {
+        return Ok(vec![own?]);
+    };
+    let message = match &own {
+        Ok(bytes) => [&[1], bytes.as_slice()].concat(),
+        Err(error) => [&[0], error.to_string().as_bytes()].concat(),
+    };
+    let gathered = exchange.all_gather(&message);
+    own?;
+    let mut all = Vec::with_capacity(exchange.size());
+    for (rank, mut message) in gathered?.into_iter().enumerate() {
+        let good = message.first() == Some(&1);
+        let bytes = message.split_off(message.len().min(1));
+        if !good {
+            let message = String::from_utf8_lossy(&bytes).into_owned();
+            return Err(Error::Peer { rank, message }.into());
+        }
+        all.push(bytes);
+    }
+    Ok(all)
+}
+
+pub(crate) fn nothing<E: From<Error>>() -> E {
     Error::Empty {
         what: "what the processes were dealt out",
         help: "give them at least one item",
@@ -260,7 +334,7 @@ fn nothing<E: From<Error>>() -> E {
 /// Kinds that are exchanged, by their place in a message.
 const KINDS: [Kind; 4] = [Kind::Float, Kind::Double, Kind::Int64, Kind::Bool];
 
-fn encode(tensors: &[Tensor]) -> Result<Vec<u8>> {
+pub(crate) fn encode(tensors: &[Tensor]) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     for tensor in tensors {
         let tensor = tensor
@@ -286,7 +360,7 @@ fn encode(tensors: &[Tensor]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn decode(mut bytes: &[u8]) -> Result<Vec<Tensor>> {
+pub(crate) fn decode(mut bytes: &[u8]) -> Result<Vec<Tensor>> {
     let broken = || Error::Peer {
         rank: 0,
         message: "a message that does not hold the tensors that it says".into(),

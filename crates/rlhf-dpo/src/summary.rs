@@ -1,6 +1,6 @@
 //! What a step has seen of its pairs.
 
-use rlhf_core::{Error as CoreError, Replicas, Stats};
+use rlhf_core::{Error as CoreError, Ranks, Stats};
 use tch::{Kind, Tensor};
 
 use crate::metrics::means;
@@ -121,8 +121,8 @@ impl Judged {
     }
 
     /// The parts of a batch that all processes have, as one.
-    pub(crate) fn gathered(parts: &[Self], replicas: &Replicas) -> Result<Self> {
-        if replicas.size() == 1 {
+    pub(crate) fn gathered(parts: &[Self], ranks: &Ranks) -> Result<Self> {
+        if ranks.is_one() {
             return Self::cat(parts);
         }
         let own = match parts.is_empty() {
@@ -137,7 +137,7 @@ impl Judged {
                 std::iter::once(there).chain(columns).collect()
             }
         };
-        let mut gathered = replicas.gather_columns::<Error>(Ok(own))?.into_iter();
+        let mut gathered = ranks.gather_columns::<Error>(Ok(own))?.into_iter();
         let nothing = || CoreError::Empty {
             what: "the batch of comparisons",
             help: "give it at least one pair",

@@ -128,7 +128,7 @@ impl<P: Policy> DpoTrainer<P> {
             judged.push(part.detached());
             Ok(loss)
         })?;
-        let judged = Judged::gathered(&judged, self.updater.replicas())?;
+        let judged = Judged::gathered(&judged, &self.updater.ranks())?;
         Ok((update, judged))
     }
 

@@ -2,12 +2,13 @@
 
 use rlhf_core::{
     ActorCritic, Decoder, KeptTokens, LogprobOptions, PaddedBatch, ParameterShards, Parameters,
-    Policy, SequenceBatch, TokenLogprobs,
+    Policy, SequenceBatch, TokenLogprobs, check_kept,
 };
 use tch::{Device, Kind, Tensor};
 
 use crate::CausalLm;
-use crate::value_head::{ValueHeadInit, padded_values};
+use crate::pipeline_parallel::Stage;
+use crate::value_head::{ValueHeadInit, padded_values, values_elsewhere};
 use crate::weights::fresh;
 
 /// Name of the head among the parameters.
@@ -71,7 +72,59 @@ impl CausalLmWithValueHead {
         self.lm.model.hidden_states_of(&packed, packed.state_rows())
     }
 
+    /// What the last stage computes, in all.
+    fn both_in_turns(
+        &self,
+        stage: &Stage,
+        batch: &SequenceBatch,
+        kept: Option<&[KeptTokens]>,
+        options: &LogprobOptions,
+    ) -> rlhf_core::Result<(TokenLogprobs, Tensor)> {
+        // What may be wrong must be found in all stages.
+        if let Some(kept) = kept {
+            check_kept(batch, kept)?;
+        }
+        let mask = batch.response_mask(Policy::device(&self.lm));
+        let width = mask.size()[1];
+        let mut columns = stage.in_turns(batch, width + 1, |part, rows| {
+            let kept = kept.map(|kept| &kept[rows]);
+            let (scores, values) = self.both_at_once(part, kept, options)?;
+            let entropy = scores.entropy.into_iter();
+            Ok([values, scores.logprobs]
+                .into_iter()
+                .chain(entropy)
+                .collect())
+        })?;
+        let of_tokens = columns.split_off(1);
+        let of_tokens = of_tokens.iter().map(|column| column.f_narrow(1, 0, width));
+        let mut of_tokens = of_tokens.collect::<Result<Vec<_>, _>>()?.into_iter();
+        let scores = TokenLogprobs {
+            logprobs: of_tokens.next().unwrap_or_default(),
+            entropy: of_tokens.next(),
+            mask,
+        };
+        Ok((scores, columns.pop().unwrap_or_default()))
+    }
+
+    fn both_at_once(
+        &self,
+        batch: &SequenceBatch,
+        kept: Option<&[KeptTokens]>,
+        options: &LogprobOptions,
+    ) -> rlhf_core::Result<(TokenLogprobs, Tensor)> {
+        let states = self.states(batch)?;
+        let hidden = match self.lm.model.trunk.has_end() {
+            true => &states.f_index_select(0, &predicting(batch, states.device()))?,
+            false => &states,
+        };
+        let scores = self.lm.scores(batch, hidden, kept, options)?;
+        Ok((scores, self.values_of(batch, &states)?))
+    }
+
     fn values_of(&self, batch: &SequenceBatch, states: &Tensor) -> rlhf_core::Result<Tensor> {
+        if !self.lm.model.trunk.has_end() {
+            return values_elsewhere(batch, states);
+        }
         let states = states.f_to_kind(Kind::Float)?;
         let values = states.f_linear(&self.weight, Some(&self.bias))?;
         padded_values(batch, &values.f_squeeze_dim(1)?)
@@ -93,8 +146,11 @@ fn predicting(batch: &SequenceBatch, device: Device) -> Tensor {
 impl Parameters for CausalLmWithValueHead {
     fn named_parameters(&self) -> Vec<(String, Tensor)> {
         let mut named = self.lm.named_parameters();
-        named.push((format!("{HEAD}.bias"), self.bias.shallow_clone()));
-        named.push((format!("{HEAD}.weight"), self.weight.shallow_clone()));
+        // The head of a model in stages is used, and so trained, in the last.
+        if self.lm.model.trunk.has_end() {
+            named.push((format!("{HEAD}.bias"), self.bias.shallow_clone()));
+            named.push((format!("{HEAD}.weight"), self.weight.shallow_clone()));
+        }
         named.sort_by(|a, b| a.0.cmp(&b.0));
         named
     }
@@ -111,14 +167,20 @@ impl ActorCritic for CausalLmWithValueHead {
         kept: Option<&[KeptTokens]>,
         options: &LogprobOptions,
     ) -> rlhf_core::Result<(TokenLogprobs, Tensor)> {
-        let states = self.states(batch)?;
-        let hidden = states.f_index_select(0, &predicting(batch, states.device()))?;
-        let scores = self.lm.scores(batch, &hidden, kept, options)?;
-        Ok((scores, self.values_of(batch, &states)?))
+        if let Some(stage) = self.lm.model.trunk.sharing() {
+            return self.both_in_turns(stage, batch, kept, options);
+        }
+        self.both_at_once(batch, kept, options)
     }
 
     fn state_values(&self, batch: &SequenceBatch) -> rlhf_core::Result<Tensor> {
-        self.values_of(batch, &self.states(batch)?)
+        let of = |part: &SequenceBatch| self.values_of(part, &self.states(part)?);
+        let Some(stage) = self.lm.model.trunk.sharing() else {
+            return of(batch);
+        };
+        let width = batch.max_response_len() as i64 + 1;
+        let values = stage.in_turns(batch, width, |part, _| Ok(vec![of(part)?]))?;
+        Ok(values.into_iter().next().unwrap_or_default())
     }
 }
 

@@ -12,9 +12,11 @@ use tch::{Device, Kind, Tensor};
 use crate::config::{Head, label_count};
 use crate::layers::{Layout, Linear};
 use crate::lora::{Rebuild, SEQ_CLS};
-use crate::trunk::{Model, Trunk};
+use crate::model::Model;
+use crate::pipeline_parallel::Stage;
+use crate::trunk::Trunk;
 use crate::weights::{Builder, Init, fresh};
-use crate::{CausalLm, LoadOptions, ModelConfig, Placement, Result, SaveOptions, TensorParallel};
+use crate::{CausalLm, LoadOptions, ModelConfig, Placement, Result, SaveOptions};
 
 /// Name of the head's matrix in a checkpoint.
 pub(crate) const SCORE: &str = "score.weight";
@@ -46,6 +48,8 @@ impl ScoreHead {
 }
 
 impl Rebuild for ScoreHead {
+    const READS_EMBEDDING: bool = false;
+
     fn rebuild(&self, config: &ModelConfig, _: &Trunk, builder: &mut Builder) -> Self {
         Self::build(config, builder, self.labels)
     }
@@ -70,7 +74,7 @@ impl SequenceClassifier {
     }
 
     /// [`from_pretrained`](Self::from_pretrained) on several ranks, as
-    /// [`CausalLm::from_pretrained_parallel`]; the head is the same on all.
+    /// [`CausalLm::from_pretrained_parallel`]; the head is the same on all, in the last stage.
     ///
     /// # Errors
     /// Those of [`from_pretrained`](Self::from_pretrained);
@@ -78,9 +82,9 @@ impl SequenceClassifier {
     pub fn from_pretrained_parallel(
         dir: impl AsRef<Path>,
         options: &LoadOptions,
-        ranks: &TensorParallel,
+        placement: impl Into<Placement>,
     ) -> Result<Self> {
-        Self::load(dir.as_ref(), options, &ranks.into())
+        Self::load(dir.as_ref(), options, &placement.into())
     }
 
     fn load(dir: &Path, options: &LoadOptions, placement: &Placement) -> Result<Self> {
@@ -195,8 +199,22 @@ impl SequenceClassifier {
     /// [`TooLong`](CoreError::TooLong), [`TokenOutOfRange`](CoreError::TokenOutOfRange), and
     /// libtorch's.
     pub fn logits(&self, batch: &SequenceBatch) -> rlhf_core::Result<Tensor> {
+        let Some(stage) = self.model.trunk.sharing() else {
+            return self.logits_at_once(batch);
+        };
+        let labels = self.num_labels();
+        let logits = stage.in_turns(batch, labels, |part, _| {
+            Ok(vec![self.logits_at_once(part)?])
+        })?;
+        Ok(logits.into_iter().next().unwrap_or_default())
+    }
+
+    fn logits_at_once(&self, batch: &SequenceBatch) -> rlhf_core::Result<Tensor> {
         let packed = self.model.checked_packed(batch)?;
         let last = self.model.hidden_states_of(&packed, packed.last_rows())?;
+        if !self.model.trunk.has_end() {
+            return Stage::stand_in(&[batch.len() as i64, self.num_labels()], &last);
+        }
         let logits = self.model.head.linear.forward(&last)?;
         Ok(logits.f_to_kind(Kind::Float)?)
     }

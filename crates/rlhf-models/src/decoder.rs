@@ -2,18 +2,20 @@
 
 use std::sync::Arc;
 
-use rlhf_core::{Decoder, Error, Result, Sequence, SequenceBatch};
+use rlhf_core::{Decoder, Error, PipelineStage, Result, Sequence, SequenceBatch};
 use tch::{Kind, Tensor};
 
 use crate::CausalLm;
 use crate::attention::SegmentAttention;
 use crate::kv_cache::{KvCache, PrefillAttention, StepAttention};
 
-/// The [`Decoder`] of a [`CausalLm`]: every token is computed once. No gradients are recorded.
+/// The [`Decoder`] of a [`CausalLm`]: every token is computed once. No gradients are recorded. Of a
+/// model in stages each has the cache of its blocks.
 pub(crate) struct CachedDecoder<'a> {
     model: &'a CausalLm,
     max_new_tokens: i64,
     cache: KvCache,
+    stage: Option<PipelineStage>,
 }
 
 impl<'a> CachedDecoder<'a> {
@@ -23,11 +25,23 @@ impl<'a> CachedDecoder<'a> {
             model,
             max_new_tokens: max_new_tokens.min(max_length) as i64,
             cache: KvCache::default(),
+            stage: model.model.stage(),
         }
     }
 
-    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        Ok(self.model.logits_of(hidden)?.f_to_kind(Kind::Float)?)
+    /// Logits of all hidden states, or of some rows of them. They are known in the last stage, and 0
+    /// in the others, in no memory.
+    fn logits(&self, hidden: &Tensor, of: Option<&Tensor>) -> Result<Tensor> {
+        let kept = match of {
+            _ if !self.model.model.trunk.has_end() => {
+                let rows = of.map_or(self.cache.rows() as i64, |rows| rows.size()[0]);
+                let zero = Tensor::f_zeros([1, 1], (Kind::Float, hidden.device()))?;
+                return Ok(zero.f_expand([rows, self.model.config().vocab_size()], false)?);
+            }
+            Some(rows) => &hidden.f_index_select(0, rows)?,
+            None => hidden,
+        };
+        Ok(self.model.logits_of(kept)?.f_to_kind(Kind::Float)?)
     }
 
     /// Fails unless every row has room for one token more.
@@ -84,7 +98,7 @@ impl Decoder for CachedDecoder<'_> {
             &packed.position_ids,
             &mut PrefillAttention::new(&mut self.cache, &packed.prompts, segments),
         )?;
-        let logits = self.logits(&hidden.f_index_select(0, &packed.last_rows())?)?;
+        let logits = self.logits(&hidden, Some(&packed.last_rows()))?;
         self.cache.add(&lengths);
         Ok(logits)
     }
@@ -115,7 +129,7 @@ impl Decoder for CachedDecoder<'_> {
             &positions,
             &mut StepAttention::new(&mut self.cache, device),
         )?;
-        let logits = self.logits(&hidden)?;
+        let logits = self.logits(&hidden, None)?;
         self.cache.advance();
         Ok(logits)
     }
@@ -145,5 +159,9 @@ impl Decoder for CachedDecoder<'_> {
         let _guard = tch::no_grad_guard();
         let max_length = self.model.config().max_length();
         self.cache.reserve(rows, tokens.min(max_length) as i64)
+    }
+
+    fn stage(&self) -> Option<&PipelineStage> {
+        self.stage.as_ref()
     }
 }

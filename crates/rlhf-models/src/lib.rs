@@ -101,6 +101,7 @@ mod llama;
 mod lora;
 mod memory_plan;
 mod mistral;
+mod model;
 mod pipeline_parallel;
 mod placement;
 mod pre_norm;

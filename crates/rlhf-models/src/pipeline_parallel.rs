@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use rlhf_core::{Collective, PipelineStage};
+use rlhf_core::{Collective, PipelineStage, SequenceBatch};
 use rlhf_scale::StageLink;
 use tch::{Device, Kind, Tensor};
 
@@ -13,25 +13,34 @@ use crate::{Error, Result};
 /// The stages that a model's blocks are spread over, in the order of the group's ranks.
 ///
 /// The first has the embedding, the last the last norm and the output layer; a tied embedding is on
-/// both, and its gradient the sum of theirs. All stages call the same methods with the same batches:
-/// log-probabilities and losses come out in the last, and stand-ins elsewhere, which are 0 and carry
-/// the gradient. [`Updater`](rlhf_scale::Updater) runs an update's microbatches in the order one
-/// forward, one backward, so that a stage keeps the activations of at most as many microbatches as
-/// stages follow it, and one more. Of `m` microbatches on `p` stages each stage waits `p - 1` of
-/// `m + p - 1` turns.
+/// both, and its gradient the sum of theirs. All stages call the same methods with the same batches.
+///
+/// While gradients are recorded, log-probabilities, values and losses come out in the last stage, and
+/// stand-ins elsewhere, which are 0 and carry the gradient. [`Updater`](rlhf_scale::Updater) runs an
+/// update's microbatches in the order one forward, one backward, so that a stage keeps the activations
+/// of at most as many microbatches as stages follow it, and one more. Of `m` microbatches on `p` stages
+/// each stage waits `p - 1` of `m + p - 1` turns.
+///
+/// Under `no_grad` every stage gets what the last has computed: a batch goes through the stages in
+/// up to `2 p` parts, one behind the other. Responses are written by all stages together, each with
+/// the cache of its blocks; the last chooses the tokens and tells the others. A token depends on the
+/// one before it, so that of `p` stages one is busy at a time then.
 ///
 /// # Bytes
 /// A pass of `N` packed tokens sends `N H` elements of the model's kind, and 16 bytes, from every stage
 /// but the last, and as many back from every stage but the first, checkpointed or not; an update
-/// the gradient of a tied embedding once from the first and once from the last stage.
+/// the gradient of a tied embedding once from the first and once from the last stage. Under `no_grad`
+/// the last stage broadcasts its results, `4 B R` bytes for log-probabilities; for each token that is
+/// written of `r` responses side by side, `8 (2 + 3 r)`.
 ///
 /// # Limits
-/// Training and scoring of [`CausalLm`](crate::CausalLm). A stage has no logits and no decoder: write
-/// responses with a model that is not spread. The stats of trainers are those of the last stage, but
-/// for the loss and the gradient norm. Dropout of adapters draws other elements than on one rank.
+/// A stage has no logits and no hidden states to give away. Dropout of adapters draws other elements
+/// than on one rank.
 #[derive(Clone)]
 pub struct PipelineParallel {
     pub(crate) group: Arc<dyn Collective>,
+    /// One for all models, so that their passes are numbered together.
+    link: Arc<StageLink>,
     blocks: Option<Vec<usize>>,
 }
 
@@ -49,6 +58,7 @@ impl PipelineParallel {
     /// Stages with as many blocks each, or one more.
     pub fn new(group: Arc<dyn Collective>) -> Self {
         Self {
+            link: Arc::new(StageLink::new(Arc::clone(&group))),
             group,
             blocks: None,
         }
@@ -94,80 +104,6 @@ impl PipelineParallel {
             }
         }
     }
-
-    /// What all stages have, on the first and by name; `None` on the others. Every stage calls it.
-    pub(crate) fn gather_all(
-        &self,
-        mut weights: Vec<(String, Tensor)>,
-        device: Device,
-    ) -> Result<Option<Vec<(String, Tensor)>>> {
-        if self.group.rank() > 0 {
-            self.send_all(&weights, device)?;
-            return Ok(None);
-        }
-        for stage in 1..self.group.size() {
-            for (name, tensor) in self.receive_all(stage, device)? {
-                // A tied embedding is here already.
-                if weights.iter().all(|(known, _)| *known != name) {
-                    weights.push((name, tensor));
-                }
-            }
-        }
-        weights.sort_by(|a, b| a.0.cmp(&b.0));
-        Ok(Some(weights))
-    }
-
-    fn send_all(&self, weights: &[(String, Tensor)], device: Device) -> Result<()> {
-        let list: Vec<Sent> = weights
-            .iter()
-            .map(|(name, tensor)| Sent {
-                name: name.clone(),
-                shape: tensor.size(),
-                kind: KINDS.iter().position(|kind| *kind == tensor.kind()),
-            })
-            .collect();
-        let text = serde_json::to_vec(&list).map_err(rlhf_core::Error::model)?;
-        let length = Tensor::from_slice(&[text.len() as i64]).f_to_device(device)?;
-        self.group.send(&length, 0)?;
-        self.group
-            .send(&Tensor::from_slice(&text).f_to_device(device)?, 0)?;
-        for (_, tensor) in weights {
-            let tensor = tensor.f_detach()?.f_to_device(device)?.f_contiguous()?;
-            self.group.send(&tensor, 0)?;
-        }
-        Ok(())
-    }
-
-    fn receive_all(&self, stage: usize, device: Device) -> Result<Vec<(String, Tensor)>> {
-        let length = Tensor::f_zeros([1], (Kind::Int64, device))?;
-        self.group.receive(&length, stage)?;
-        let length = i64::try_from(&length.f_reshape([] as [i64; 0])?)?;
-        let text = Tensor::f_zeros([length], (Kind::Uint8, device))?;
-        self.group.receive(&text, stage)?;
-        let text = Vec::<u8>::try_from(&text)?;
-        let list: Vec<Sent> = serde_json::from_slice(&text).map_err(rlhf_core::Error::model)?;
-        list.into_iter()
-            .map(|Sent { name, shape, kind }| {
-                let kind = kind.and_then(|kind| KINDS.get(kind).copied());
-                let kind = kind.unwrap_or(Kind::Float);
-                let tensor = Tensor::f_empty(shape.as_slice(), (kind, device))?;
-                self.group.receive(&tensor, stage)?;
-                Ok((name, tensor))
-            })
-            .collect()
-    }
-}
-
-/// Kinds of weights.
-const KINDS: [Kind; 4] = [Kind::Float, Kind::Double, Kind::Half, Kind::BFloat16];
-
-/// A tensor that a stage sends.
-#[derive(serde::Serialize, serde::Deserialize)]
-struct Sent {
-    name: String,
-    shape: Vec<i64>,
-    /// Its place among the kinds of weights.
-    kind: Option<usize>,
 }
 
 /// The part of a model that a stage has.
@@ -183,7 +119,13 @@ pub(crate) struct Stage {
 }
 
 impl Stage {
-    pub(crate) fn new(stages: &PipelineParallel, architecture: &dyn Architecture) -> Result<Self> {
+    /// `reads_embedding` says whether the head is the embedding, where the configuration ties the
+    /// two.
+    pub(crate) fn new(
+        stages: &PipelineParallel,
+        architecture: &dyn Architecture,
+        reads_embedding: bool,
+    ) -> Result<Self> {
         let Sizes {
             layers,
             ties_embeddings,
@@ -193,10 +135,10 @@ impl Stage {
         let Names { trunk, .. } = architecture.names();
         Ok(Self {
             layers: stages.range(layers)?,
-            link: Arc::new(StageLink::new(Arc::clone(&stages.group))),
+            link: Arc::clone(&stages.link),
             stages: stages.clone(),
             trunk,
-            ties: ties_embeddings,
+            ties: ties_embeddings && reads_embedding,
             width: hidden_size,
         })
     }
@@ -218,7 +160,7 @@ impl Stage {
     }
 
     /// The stage as the update path sees it.
-    pub(crate) fn described(&self) -> PipelineStage {
+    pub(crate) fn described(&self, device: Device) -> PipelineStage {
         let (rank, last) = (self.stages.group.rank(), self.stages.group.size() - 1);
         let mut tied = Vec::new();
         if self.ties && last > 0 && (rank == 0 || rank == last) {
@@ -227,10 +169,56 @@ impl Stage {
         }
         PipelineStage {
             group: Arc::clone(&self.stages.group),
+            device,
             tied,
         }
     }
 }
+
+/// What comes out in the last stage.
+impl Stage {
+    /// What the other stages have in its place while gradients are recorded: 0, with the gradient's
+    /// way to the last.
+    pub(crate) fn stand_in(shape: &[i64], sent: &Tensor) -> rlhf_core::Result<Tensor> {
+        let zeros = Tensor::f_zeros(shape, (Kind::Float, sent.device()))?;
+        Ok(zeros.f_add(sent)?)
+    }
+
+    /// Puts the last stage's elements in the place of the others'.
+    pub(crate) fn share(&self, result: &Tensor) -> rlhf_core::Result<()> {
+        self.link.share(result).map_err(rlhf_core::Error::from)
+    }
+
+    /// What the last stage computes of a batch, in all stages. `compute` gets parts of the batch, which
+    /// follow one another through the stages, and the rows that they are; it returns as many tensors
+    /// `[rows, ..]` each time, which become `[B, width]` f32, with 0 past their columns.
+    pub(crate) fn in_turns(
+        &self,
+        batch: &SequenceBatch,
+        width: i64,
+        compute: impl Fn(&SequenceBatch, Range<usize>) -> rlhf_core::Result<Vec<Tensor>>,
+    ) -> rlhf_core::Result<Vec<Tensor>> {
+        let turns = TURNS_PER_STAGE * self.stages.group.size();
+        let size = batch.len().div_ceil(turns);
+        let mut parts = Vec::new();
+        for first in (0..batch.len()).step_by(size) {
+            let rows = first..(first + size).min(batch.len());
+            let part = batch.select(&rows.clone().collect::<Vec<_>>())?;
+            let padded = compute(&part, rows)?
+                .into_iter()
+                .map(|t| t.f_constant_pad_nd([0, width - t.size()[1]]))
+                .collect::<Result<Vec<_>, _>>()?;
+            parts.push(Tensor::f_stack(&padded, 0)?);
+        }
+        let whole = Tensor::f_cat(&parts, 1)?.f_contiguous()?;
+        self.share(&whole)?;
+        Ok(whole.f_unbind(0)?)
+    }
+}
+
+/// Parts of a batch for each stage, where nothing is kept for a backward: stages are busy for `2 p` of
+/// `3 p - 1` turns then.
+const TURNS_PER_STAGE: usize = 2;
 
 /// Embeddings of tokens, by their names after the trunk's.
 const TOKENS: [&str; 3] = ["wte", "embed_tokens", "embed_in"];
@@ -258,6 +246,9 @@ mod tests {
         fn all_gather(&self, tensor: &Tensor) -> rlhf_core::Result<Vec<Tensor>> {
             Ok(vec![tensor.shallow_clone()])
         }
+        fn broadcast(&self, _: &Tensor, _: usize) -> rlhf_core::Result<()> {
+            Ok(())
+        }
         fn send(&self, _: &Tensor, _: usize) -> rlhf_core::Result<()> {
             Ok(())
         }
@@ -269,11 +260,11 @@ mod tests {
     fn stages(size: usize, blocks: Option<Vec<usize>>) -> Vec<Result<Range<i64>>> {
         (0..size)
             .map(|rank| {
-                let stages = PipelineParallel {
-                    group: Arc::new(Alone(rank, size)),
-                    blocks: blocks.clone(),
-                };
-                stages.range(7)
+                let stages = PipelineParallel::new(Arc::new(Alone(rank, size)));
+                match &blocks {
+                    Some(blocks) => stages.with_blocks(blocks.clone()).range(7),
+                    None => stages.range(7),
+                }
             })
             .collect()
     }
@@ -305,11 +296,17 @@ mod tests {
                 ..crate::Gpt2Config::default()
             })
         };
-        let has = |rank, ties, name: &str| {
+        let stage = |rank, ties, reads| {
             let stages = PipelineParallel::new(Arc::new(Alone(rank, 2)));
-            let stage = Stage::new(&stages, config(ties).architecture()).unwrap();
-            stage.has(name)
+            Stage::new(&stages, config(ties).architecture(), reads).unwrap()
         };
+        let has = |rank, ties, name: &str| stage(rank, ties, true).has(name);
+        // A value head has no use for the embedding.
+        assert!(!stage(1, true, false).has("transformer.wte.weight"));
+        assert!(stage(1, true, false).has("score.weight"));
+        assert!(!stage(0, true, false).has("score.weight"));
+        assert!(stage(0, true, false).described(Device::Cpu).tied.is_empty());
+        assert!(!stage(0, true, true).described(Device::Cpu).tied.is_empty());
         for (name, tied, untied) in [
             ("transformer.wte.weight", [true, true], [true, false]),
             ("transformer.wpe.weight", [true, false], [true, false]),

@@ -1,10 +1,11 @@
 //! Where the parts of a model are: its layers split over ranks, its blocks spread over stages.
 
-use rlhf_core::{ParameterShards, Reduction};
+use std::sync::Arc;
+
+use rlhf_core::{Cuts, ParameterShards, Reduction, gather_parts, gather_stages};
 use tch::{Device, Tensor};
 
 use crate::pipeline_parallel::Stage;
-use crate::tensor_parallel::Cuts;
 use crate::{Error, PipelineParallel, Result, TensorParallel};
 
 /// Where a model's parts are: on one rank alone by default.
@@ -59,12 +60,15 @@ impl Placement {
     ) -> Result<Option<Vec<(String, Tensor)>>> {
         let of_stage = match &self.tensor {
             None => Some(parts),
-            Some(ranks) => ranks.gather_all(parts, cuts)?,
+            Some(ranks) => {
+                let cut = |name: &str, _: &Tensor| cuts.get(name).copied();
+                gather_parts(ranks.group().as_ref(), parts, cut)?
+            }
         };
-        match (of_stage, &self.pipeline) {
-            (Some(weights), Some(stages)) => stages.gather_all(weights, device),
-            (weights, _) => Ok(weights),
-        }
+        Ok(match (of_stage, &self.pipeline) {
+            (Some(weights), Some(stages)) => gather_stages(stages.group.as_ref(), weights, device)?,
+            (weights, _) => weights,
+        })
     }
 
     /// Waits for all ranks. Where the one that writes failed the others fail, too.
@@ -86,15 +90,18 @@ impl Placement {
     /// Where the trainable weights are, of which these are cut.
     pub(crate) fn shards(
         &self,
-        cuts: impl Iterator<Item = String>,
-        stage: Option<&Stage>,
+        cuts: Cuts,
+        (stage, device): (Option<&Stage>, Device),
     ) -> Option<ParameterShards> {
-        let stage = stage.map(Stage::described);
+        let stage = stage.map(|stage| stage.described(device));
         match (&self.tensor, stage) {
             (None, None) => None,
-            (Some(ranks), None) => Some(ranks.shards(cuts)),
+            (Some(ranks), None) => Some(ParameterShards::new(Arc::clone(ranks.group()), cuts)),
             (None, Some(stage)) => Some(ParameterShards::of_stage(stage)),
-            (Some(ranks), Some(stage)) => Some(ranks.shards(cuts).in_stage(stage)),
+            (Some(ranks), Some(stage)) => {
+                let shards = ParameterShards::new(Arc::clone(ranks.group()), cuts);
+                Some(shards.in_stage(stage))
+            }
         }
     }
 }

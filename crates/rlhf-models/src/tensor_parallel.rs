@@ -4,19 +4,14 @@
 //! [`Builder`](crate::weights::Builder) looks a module up there, gives its layer this rank's part of the
 //! weights, and tells the layer its role; blocks know nothing of it but that they have fewer heads.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use rlhf_core::{Collective, ParameterShards};
+use rlhf_core::{Collective, Cut};
 use rlhf_scale::VocabularyShard;
 use tch::Tensor;
 
 use crate::architecture::{Architecture, Sizes};
 use crate::{Error, Result};
-
-mod cut;
-
-pub(crate) use cut::Cut;
 
 /// The ranks that a model's layers are split over.
 ///
@@ -122,63 +117,7 @@ impl TensorParallel {
             group: Arc::clone(&self.group),
         }
     }
-
-    /// Where the weights of a model are, of which these are cut.
-    pub(crate) fn shards(&self, cuts: impl Iterator<Item = String>) -> ParameterShards {
-        // What is not cut is the same on all ranks.
-        let copies = cuts.map(|name| (name, 1)).collect();
-        ParameterShards::new(Arc::clone(&self.group), copies)
-    }
-
-    /// The whole of a weight on rank 0, of which each rank has a part. Every rank calls it, in the
-    /// same order; the others get `None`.
-    pub(crate) fn gather(
-        &self,
-        part: &Tensor,
-        (cut, size): (Cut, i64),
-    ) -> rlhf_core::Result<Option<Tensor>> {
-        let ranks = self.ranks();
-        let part = part.f_detach()?.f_contiguous()?;
-        if self.rank() > 0 {
-            self.group.send(&part, 0)?;
-            return Ok(None);
-        }
-        let mut shape = part.size();
-        shape[cut.dim as usize] = size;
-        let whole = Tensor::f_empty(shape.as_slice(), (part.kind(), part.device()))?;
-        cut.put(&whole, &part, 0, ranks)?;
-        for rank in 1..ranks {
-            shape[cut.dim as usize] = cut.len(size, rank, ranks);
-            let other = Tensor::f_empty(shape.as_slice(), (part.kind(), part.device()))?;
-            self.group.receive(&other, rank)?;
-            cut.put(&whole, &other, rank, ranks)?;
-        }
-        Ok(Some(whole))
-    }
 }
-
-/// Writing on rank 0.
-impl TensorParallel {
-    /// The whole weights on rank 0, in their order; `None` on the others.
-    pub(crate) fn gather_all(
-        &self,
-        parts: Vec<(String, Tensor)>,
-        cuts: &Cuts,
-    ) -> rlhf_core::Result<Option<Vec<(String, Tensor)>>> {
-        let mut whole = Vec::with_capacity(parts.len());
-        for (name, part) in parts {
-            let tensor = match cuts.get(&name) {
-                Some(&cut) => self.gather(&part, cut)?,
-                None => Some(part),
-            };
-            whole.extend(tensor.map(|tensor| (name, tensor)));
-        }
-        Ok((self.rank() == 0).then_some(whole))
-    }
-}
-
-/// Weights of which a rank has a part: how they are cut, and the size of the whole dimension.
-pub(crate) type Cuts = BTreeMap<String, (Cut, i64)>;
 
 /// A model that is being built on several ranks.
 #[derive(Debug, Clone)]

@@ -10,11 +10,13 @@ use crate::classifier::SCORE;
 use crate::config::Head;
 use crate::layers::{Layout, Linear};
 use crate::lora::{CAUSAL_LM, Rebuild, SEQ_CLS, adapted};
-use crate::trunk::{Model, Trunk};
+use crate::model::Model;
+use crate::pipeline_parallel::Stage;
+use crate::trunk::Trunk;
 use crate::weights::{Builder, Init, WeightMap, fresh};
 use crate::{
     CausalLm, LoadOptions, LoraConfig, ModelConfig, Placement, Result, SaveOptions,
-    SequenceClassifier, TensorParallel,
+    SequenceClassifier,
 };
 
 /// A trunk with a linear layer that gives every token a value.
@@ -61,6 +63,8 @@ impl HeadLayout {
 }
 
 impl Rebuild for ValueHead {
+    const READS_EMBEDDING: bool = false;
+
     fn rebuild(&self, config: &ModelConfig, _: &Trunk, builder: &mut Builder) -> Self {
         self.layout.build(config, builder)
     }
@@ -91,7 +95,7 @@ impl ValueHeadModel {
     }
 
     /// [`from_pretrained`](Self::from_pretrained) on several ranks, as
-    /// [`CausalLm::from_pretrained_parallel`]; the head is the same on all.
+    /// [`CausalLm::from_pretrained_parallel`]; the head is the same on all, in the last stage.
     ///
     /// # Errors
     /// Those of [`from_pretrained`](Self::from_pretrained);
@@ -99,9 +103,9 @@ impl ValueHeadModel {
     pub fn from_pretrained_parallel(
         dir: impl AsRef<Path>,
         options: &LoadOptions,
-        ranks: &TensorParallel,
+        placement: impl Into<Placement>,
     ) -> Result<Self> {
-        Self::load(dir.as_ref(), options, &ranks.into())
+        Self::load(dir.as_ref(), options, &placement.into())
     }
 
     fn load(dir: &Path, options: &LoadOptions, placement: &Placement) -> Result<Self> {
@@ -173,7 +177,7 @@ impl ValueHeadModel {
     }
 
     /// A model of `weights` that is otherwise as `origin`.
-    fn build_like<H>(origin: &Model<H>, weights: WeightMap) -> Result<Self> {
+    fn build_like<H: Rebuild>(origin: &Model<H>, weights: WeightMap) -> Result<Self> {
         let layout = HeadLayout::of(&weights);
         let builder =
             Builder::from_weights(weights, origin.device(), origin.kind()).at(&origin.placement);
@@ -287,6 +291,12 @@ pub(crate) fn padded_values(batch: &SequenceBatch, values: &Tensor) -> rlhf_core
         .f_view([batch.len() as i64, width])?)
 }
 
+/// What stands for [`padded_values`] where a later stage has the head.
+pub(crate) fn values_elsewhere(batch: &SequenceBatch, sent: &Tensor) -> rlhf_core::Result<Tensor> {
+    let width = batch.max_response_len() as i64 + 1;
+    Stage::stand_in(&[batch.len() as i64, width], sent)
+}
+
 impl Parameters for ValueHeadModel {
     fn named_parameters(&self) -> Vec<(String, Tensor)> {
         self.model.trainable()
@@ -297,14 +307,29 @@ impl Parameters for ValueHeadModel {
     }
 }
 
-impl ValueModel for ValueHeadModel {
-    /// Columns past a row's `R_i` are 0.
-    fn values(&self, batch: &SequenceBatch) -> rlhf_core::Result<Tensor> {
+impl ValueHeadModel {
+    fn values_at_once(&self, batch: &SequenceBatch) -> rlhf_core::Result<Tensor> {
         let packed = self.model.checked_packed(batch)?;
         let rows = packed.state_rows();
         let states = self.model.hidden_states_of(&packed, rows)?;
+        if !self.model.trunk.has_end() {
+            return values_elsewhere(batch, &states);
+        }
         let values = self.model.head.linear.forward(&states)?.squeeze_dim(1);
         padded_values(batch, &values.f_to_kind(Kind::Float)?)
+    }
+}
+
+impl ValueModel for ValueHeadModel {
+    /// Columns past a row's `R_i` are 0.
+    fn values(&self, batch: &SequenceBatch) -> rlhf_core::Result<Tensor> {
+        let Some(stage) = self.model.trunk.sharing() else {
+            return self.values_at_once(batch);
+        };
+        let width = batch.max_response_len() as i64 + 1;
+        let values =
+            stage.in_turns(batch, width, |part, _| Ok(vec![self.values_at_once(part)?]))?;
+        Ok(values.into_iter().next().unwrap_or_default())
     }
 
     fn disable_dropout(&mut self) {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use rlhf_core::Collective;
+use rlhf_core::{Collective, Cut, Cuts};
 use rlhf_scale::VocabularyShard;
 use tch::{Device, Kind, Tensor};
 
@@ -15,7 +15,7 @@ use crate::layers::Layout;
 use crate::lora::{Adapter, AdapterBuilder, Adapters, copied};
 use crate::pipeline_parallel::Stage;
 use crate::placement::Placement;
-use crate::tensor_parallel::{Cut, Cuts, Shard, Splitting};
+use crate::tensor_parallel::{Shard, Splitting};
 use crate::{Error, ModelConfig, Result, WeightProblem};
 
 /// A model's weights by their name in the checkpoint, each once.
@@ -127,12 +127,13 @@ impl Builder {
         }
     }
 
-    /// Looks up how the model is split. Fails where the ranks do not divide it.
-    pub(crate) fn split(&mut self, config: &ModelConfig) -> Result<()> {
+    /// Looks up how the model is split. `reads_embedding` says whether the head may be the embedding.
+    /// Fails where the ranks do not divide the model.
+    pub(crate) fn split(&mut self, config: &ModelConfig, reads_embedding: bool) -> Result<()> {
         let Placement { tensor, pipeline } = &self.placement;
         let split = |ranks| Splitting::new(ranks, config.architecture());
         self.splitting = tensor.as_ref().map(split).transpose()?;
-        let stage = |stages| Stage::new(stages, config.architecture());
+        let stage = |stages| Stage::new(stages, config.architecture(), reads_embedding);
         self.stage = pipeline.as_ref().map(stage).transpose()?;
         if let (Some(stage), Source::Checkpoint(weights) | Source::Shared(weights)) =
             (&self.stage, &mut self.source)

@@ -13,10 +13,14 @@ use std::sync::Arc;
 
 use common::model_dir;
 use ranks::{ThreadRank, on_mesh, on_ranks};
-use rlhf_core::{LogprobOptions, Parameters, Policy, Sequence, SequenceBatch};
+use rlhf_core::{
+    ActorCritic, Completions, GenerationConfig, Generator, LogprobOptions, PaddingSide, Parameters,
+    Policy, RewardModel, RngStreams, Sequence, SequenceBatch, ValueModel, generate,
+};
 use rlhf_models::{
-    CausalLm, CheckpointPolicy, Error, LoadOptions, LoraConfig, ModelConfig, Modules,
-    PipelineParallel, Placement, TensorParallel,
+    CausalLm, CausalLmWithValueHead, CheckpointPolicy, Error, LoadOptions, LoraConfig, ModelConfig,
+    Modules, PipelineParallel, Placement, SequenceClassifier, TensorParallel, ValueHeadInit,
+    ValueHeadModel,
 };
 use rlhf_scale::{AdamWConfig, UpdateConfig, Updater, io::read_tensors};
 use tch::{Device, Kind, Tensor};
@@ -220,7 +224,7 @@ fn adapters_in_stages() {
 }
 
 #[test]
-fn log_probabilities_come_out_in_the_last_stage() {
+fn log_probabilities_are_everywhere_without_gradients() {
     let config = config("gpt2", true);
     let options = LogprobOptions {
         temperature: 0.9,
@@ -233,12 +237,142 @@ fn log_probabilities_come_out_in_the_last_stage() {
     let want = scored(&fresh(&config, &Placement::default()));
     let got = on_ranks(3, |rank| {
         let blocks = stages(&rank).with_blocks(vec![1, 2, 1]);
-        let scores = scored(&fresh(&config, &(&blocks).into()));
-        (scores.logprobs, scores.entropy.unwrap())
+        let model = fresh(&config, &(&blocks).into());
+        let scores = scored(&model);
+        let loss = tch::no_grad(|| model.weighted_nll(&batch(), None).unwrap());
+        let recorded = model.logprobs(&batch(), &options).unwrap().logprobs;
+        (
+            scores,
+            recorded.abs().sum(Kind::Float).double_value(&[]),
+            loss,
+        )
     });
-    assert!(got[2].0.allclose(&want.logprobs, 1e-5, 1e-6, false));
-    assert!(got[2].1.allclose(&want.entropy.unwrap(), 1e-5, 1e-6, false));
-    assert_eq!(got[0].0.abs().sum(Kind::Float).double_value(&[]), 0.0);
+    let entropy = want.entropy.unwrap();
+    for (stage, (scores, recorded, loss)) in got.iter().enumerate() {
+        assert!(scores.logprobs.allclose(&want.logprobs, 1e-5, 1e-6, false));
+        assert!(scores.mask.equal(&want.mask));
+        let got = scores.entropy.as_ref().unwrap();
+        assert!(got.allclose(&entropy, 1e-5, 1e-6, false));
+        assert!(loss.double_value(&[]) > 10.0);
+        // With them, they come out in the last.
+        assert_eq!(*recorded > 0.0, stage == 2);
+    }
+}
+
+/// Values and scores, as log-probabilities.
+#[test]
+fn heads_are_in_the_last_stage() {
+    let dir = model_dir("gpt2_rm");
+    let options = LoadOptions::default();
+    let judged = |placement: &Placement| {
+        let values = ValueHeadModel::from_pretrained_parallel(&dir, &options, placement).unwrap();
+        let critic = SequenceClassifier::from_pretrained_parallel(&dir, &options, placement);
+        let critic = critic.unwrap();
+        let policy = fresh(&config("llama", true), placement);
+        let both = CausalLmWithValueHead::new(policy, ValueHeadInit::InverseSqrt, 3).unwrap();
+        let completions = Completions::written(batch());
+        let scores = critic.score(&completions).unwrap();
+        let _guard = tch::no_grad_guard();
+        let asked = LogprobOptions::default();
+        let (logprobs, joint) = both.logprobs_and_values(&batch(), None, &asked).unwrap();
+        assert!(joint.equal(&both.state_values(&batch()).unwrap()));
+        [
+            scores,
+            values.values(&batch()).unwrap(),
+            joint,
+            logprobs.logprobs,
+        ]
+    };
+    let want = judged(&Placement::default());
+    for got in on_ranks(2, |rank| judged(&(&stages(&rank)).into())) {
+        for (got, want) in got.iter().zip(&want) {
+            assert!(want.abs().max().double_value(&[]) > 0.01);
+            assert!(got.allclose(want, 1e-5, 1e-6, false), "{got} {want}");
+        }
+    }
+}
+
+/// What is written does not depend on where the blocks are: rows that come and go, prompts that are
+/// shared, filters, stop tokens.
+#[test]
+fn responses_are_those_of_one_rank() {
+    let shared: Arc<[i64]> = [7, 700, 4].into();
+    let prompts: Vec<Arc<[i64]>> = vec![[5, 9].into(), Arc::clone(&shared), shared, [11].into()];
+    let mut generation = GenerationConfig {
+        max_new_tokens: 9,
+        samples_per_prompt: 3,
+        batch_size: 5,
+        stop_token_ids: vec![3, 17, 200],
+        ..GenerationConfig::default()
+    };
+    let write = |model: &CausalLm, generation: &GenerationConfig| {
+        let generator = Generator::new(model, generation)
+            .unwrap()
+            .with_kept_tokens();
+        generator
+            .generate(&prompts, &RngStreams::new(5), 0)
+            .unwrap()
+    };
+    for (architecture, top_k) in [("gpt2", None), ("gemma2", Some(40)), ("llama", Some(7))] {
+        generation.sampling.top_k = top_k;
+        let config = config(architecture, true);
+        let want = write(&fresh(&config, &Placement::default()), &generation);
+        let got = on_mesh(
+            [2, 1 + usize::from(architecture == "llama")],
+            |[stage, part]| {
+                let placement = Placement {
+                    tensor: (architecture == "llama").then(|| TensorParallel::new(part)),
+                    pipeline: Some(PipelineParallel::new(stage)),
+                };
+                write(&fresh(&config, &placement), &generation)
+            },
+        );
+        for got in got {
+            assert_eq!(got.batch, want.batch, "{architecture}");
+            assert_eq!(got.finish_reasons, want.finish_reasons);
+            assert_eq!(got.kept, want.kept);
+            assert_eq!(got.kept.is_some(), top_k.is_some());
+            let logprobs = |c: &Completions| -> Vec<f32> {
+                c.sampling_logprobs
+                    .iter()
+                    .flatten()
+                    .flatten()
+                    .copied()
+                    .collect()
+            };
+            for (got, want) in logprobs(&got).iter().zip(logprobs(&want)) {
+                assert!((got - want).abs() < 1e-5, "{got} {want}");
+            }
+        }
+    }
+}
+
+#[test]
+fn logits_that_are_not_finite_are_everybodys_error() {
+    let config = config("gpt2", false);
+    let errors = on_ranks(2, |rank| {
+        let model = fresh(&config, &(&stages(&rank)).into());
+        for (name, weight) in model.named_parameters() {
+            if name == "lm_head.weight" {
+                let _ = tch::no_grad(|| { weight.shallow_clone() }.fill_(f64::NAN));
+            }
+        }
+        let generation = GenerationConfig::default();
+        let written = generate(
+            &model,
+            &[[5, 9].into()],
+            &generation,
+            &RngStreams::new(5),
+            0,
+        );
+        written.unwrap_err()
+    });
+    for error in errors {
+        assert!(
+            matches!(error, rlhf_core::Error::NonFinite { row: 0, .. }),
+            "{error}"
+        );
+    }
 }
 
 #[test]
@@ -246,8 +380,9 @@ fn what_a_stage_cannot_do_is_an_error() {
     let config = config("gpt2", true);
     on_ranks(2, |rank| {
         let model = fresh(&config, &(&stages(&rank)).into());
-        let error = model.decoder(4).err().unwrap();
-        assert!(error.to_string().contains("decoder"), "{error}");
+        let padded = batch().padded(0, PaddingSide::Right, Device::Cpu);
+        let error = model.logits(&padded).err().unwrap();
+        assert!(error.to_string().contains("hidden states"), "{error}");
         let blocks = stages(&rank).with_blocks(vec![4]);
         let at = (Device::Cpu, Kind::Float);
         let error = CausalLm::new_parallel(config.clone(), 3, at, &blocks).err();

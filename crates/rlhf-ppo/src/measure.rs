@@ -1,6 +1,8 @@
 //! Running the models over finished responses.
 
-use rlhf_core::{Completions, Error as CoreError, LogprobOptions, Policy, Replicas, SequenceBatch};
+use rlhf_core::{
+    Completions, Error as CoreError, LogprobOptions, Policy, Replicas, RewardModel, SequenceBatch,
+};
 use tch::{Device, Kind, Tensor};
 
 use crate::microbatching::Microbatching;
@@ -27,28 +29,20 @@ pub(crate) fn judgement(model: &str, numbers: &Tensor, rows: usize) -> Result<Ve
     Ok(Vec::try_from(numbers).map_err(CoreError::from)?)
 }
 
-/// What a model says on the first of several processes: judges need not be functions of what they
-/// judge, and all processes must go on with the same numbers. Every process asks its own, which may
-/// remember what it has seen.
-pub(crate) fn of_the_first(own: Result<Vec<f64>>) -> Result<Vec<f64>> {
-    let replicas = Replicas::current();
-    if replicas.size() == 1 {
-        return own;
-    }
-    let bytes = own.map(|numbers| numbers.iter().flat_map(|n| n.to_le_bytes()).collect());
-    let all = replicas.exchange(bytes)?;
-    let number = |bytes: &[u8]| f64::from_le_bytes(bytes.try_into().unwrap_or_default());
-    Ok(all[0].chunks_exact(8).map(number).collect())
+/// What a reward model says, the same in all processes; finite or not.
+pub(crate) fn judged(
+    name: &str,
+    reward: &dyn RewardModel,
+    completions: &Completions,
+) -> Result<Vec<f64>> {
+    let rows = completions.batch.len();
+    let ask = || judgement(name, &reward.score(completions)?, rows);
+    Replicas::current().numbers_of_the_first(reward.is_asked_everywhere(), ask)
 }
 
 /// What the reward model says. `[B]` f32 on the CPU.
-pub(crate) fn scores(
-    reward: &dyn rlhf_core::RewardModel,
-    completions: &Completions,
-) -> Result<Tensor> {
-    let rows = completions.batch.len();
-    let own = reward.score(completions).map_err(Error::from);
-    let scores = of_the_first(own.and_then(|s| judgement("the reward model", &s, rows)))?;
+pub(crate) fn scores(reward: &dyn RewardModel, completions: &Completions) -> Result<Tensor> {
+    let scores = judged("the reward model", reward, completions)?;
     if let Some(row) = scores.iter().position(|s| !s.is_finite()) {
         let value = scores[row];
         return Err(CoreError::NonFinite {
@@ -64,8 +58,9 @@ pub(crate) fn scores(
 /// What a constraint's model says. `[B]` f32 on the CPU.
 pub(crate) fn costs(constraint: &Constraint, completions: &Completions) -> Result<Vec<f64>> {
     let rows = completions.batch.len();
-    let own = constraint.model.cost(completions).map_err(Error::from);
-    let costs = of_the_first(own.and_then(|c| judgement(&constraint.name, &c, rows)))?;
+    let model = &constraint.model;
+    let ask = || judgement(&constraint.name, &model.cost(completions)?, rows);
+    let costs = Replicas::current().numbers_of_the_first(model.is_asked_everywhere(), ask)?;
     match costs.iter().position(|c| !c.is_finite()) {
         Some(row) => Err(Error::NonFiniteCost {
             constraint: constraint.name.clone(),

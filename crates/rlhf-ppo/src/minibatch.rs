@@ -1,6 +1,6 @@
 //! What an optimiser step reports, and what it is added up from.
 
-use rlhf_core::{Error as CoreError, Replicas};
+use rlhf_core::{Error as CoreError, Ranks};
 use tch::{Kind, Tensor};
 
 use crate::named_sums::named_sums;
@@ -117,7 +117,7 @@ impl MicrobatchLoss {
 
 impl Parts<f64> {
     /// Adds up what the microbatches of all processes contributed; waits for the device.
-    pub(crate) fn sum(parts: &[Tensor], replicas: &Replicas) -> rlhf_core::Result<Self> {
+    pub(crate) fn sum(parts: &[Tensor], ranks: &Ranks) -> rlhf_core::Result<Self> {
         let own = match parts.is_empty() {
             true => vec![0.0; Self::COUNT],
             false => {
@@ -126,7 +126,7 @@ impl Parts<f64> {
                 Vec::<f64>::try_from(sum)?
             }
         };
-        Self::from_sums(replicas.sum::<CoreError>(Ok(own))?)
+        Self::from_sums(ranks.sum::<CoreError>(Ok(own))?)
     }
 }
 
@@ -227,7 +227,7 @@ mod tests {
             step: 1,
             ..rlhf_scale::UpdateStats::default()
         };
-        let sum = Parts::sum(&parts, &Replicas::alone()).unwrap();
+        let sum = Parts::sum(&parts, &Ranks::default()).unwrap();
         assert_eq!(sum.moved, 6.5);
         let stats = MinibatchStats::new(sum, &update);
         let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} is not {b}");

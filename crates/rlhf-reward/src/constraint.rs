@@ -90,6 +90,10 @@ impl<M: RewardModel> ConstraintModel for CostOf<M> {
     fn cost(&self, completions: &Completions) -> rlhf_core::Result<Tensor> {
         Ok(-self.0.score(completions)?)
     }
+
+    fn is_asked_everywhere(&self) -> bool {
+        self.0.is_asked_everywhere()
+    }
 }
 
 /// The values, unless one is not finite.

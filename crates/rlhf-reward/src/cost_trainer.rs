@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use rlhf_core::{
-    EpochConfig, EpochTrainer, Error as CoreError, Observer, Replicas, Scorer, Stats, train_epochs,
+    EpochConfig, EpochTrainer, Error as CoreError, Observer, Ranks, Scorer, Stats, train_epochs,
 };
 use rlhf_scale::{UpdateConfig, Updater};
 use serde::{Deserialize, Serialize};
@@ -109,7 +109,7 @@ impl<S: Scorer> CostTrainer<S> {
     pub fn step(&mut self, batch: &SafetyBatch) -> Result<Stats> {
         let (batch, skipped) = batch.usable()?;
         let (model, config) = (&self.model, &self.config);
-        let replicas = self.updater.replicas().clone();
+        let (replicas, ranks) = (self.updater.replicas().clone(), self.updater.ranks());
         let parts = batch.split(replicas.microbatch_size(batch.len(), config.microbatch_size));
         let denominator = batch.len() as f64;
         let mut scored = Vec::with_capacity(parts.len());
@@ -119,7 +119,7 @@ impl<S: Scorer> CostTrainer<S> {
             scored.push(costs.detached());
             Ok(loss)
         })?;
-        let costs = Costs::gathered(&scored, &replicas)?;
+        let costs = Costs::gathered(&scored, &ranks)?;
         let (accuracy, sign_accuracy) = cost_accuracies(costs.inputs())?;
         let mut stats = Stats::from_iter(update.metrics("cost"));
         stats.extend([
@@ -245,7 +245,7 @@ impl Costs {
     }
 
     /// The parts of a batch that all processes have, as one.
-    fn gathered(parts: &[Self], replicas: &Replicas) -> Result<Self> {
+    fn gathered(parts: &[Self], ranks: &Ranks) -> Result<Self> {
         let own = match parts.is_empty() {
             true => Vec::new(),
             false => {
@@ -257,7 +257,7 @@ impl Costs {
                     .collect()
             }
         };
-        match <[Tensor; 4]>::try_from(replicas.gather_columns::<Error>(Ok(own))?) {
+        match <[Tensor; 4]>::try_from(ranks.gather_columns::<Error>(Ok(own))?) {
             Ok([safer, less_safe, safer_is_safe, less_safe_is_safe]) => Ok(Self {
                 safer,
                 less_safe,

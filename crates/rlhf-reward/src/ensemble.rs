@@ -180,6 +180,10 @@ impl<M: RewardModel> RewardModel for Ensemble<M> {
     fn take_report(&self) -> Stats {
         self.notes.take()
     }
+
+    fn is_asked_everywhere(&self) -> bool {
+        self.members.iter().any(RewardModel::is_asked_everywhere)
+    }
 }
 
 /// Several heads on one trunk: a scorer with a column for each

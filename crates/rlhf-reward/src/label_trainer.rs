@@ -95,7 +95,7 @@ impl<S: Scorer> LabelTrainer<S> {
     /// finite. Nothing has changed then.
     pub fn step(&mut self, batch: &LabelledBatch) -> Result<Stats> {
         let model = &self.model;
-        let replicas = self.updater.replicas().clone();
+        let (replicas, ranks) = (self.updater.replicas().clone(), self.updater.ranks());
         let size = replicas.microbatch_size(batch.len(), self.config.microbatch_size);
         let parts = batch.split(size)?;
         let texts = batch.len() as f64;
@@ -109,7 +109,7 @@ impl<S: Scorer> LabelTrainer<S> {
         let own = count(&correct)?;
         // A process without a text does not know whether there is anything to count.
         let numbers = vec![own.unwrap_or(0.0), f64::from(own.is_some())];
-        let sums = replicas.sum::<Error>(Ok(numbers))?;
+        let sums = ranks.sum::<Error>(Ok(numbers))?;
         if sums[1] > 0.0 {
             stats.insert("label/accuracy", sums[0] / texts);
         }

@@ -183,6 +183,10 @@ impl<M: RewardModel> RewardModel for Normalized<M> {
     fn take_report(&self) -> Stats {
         self.model.take_report()
     }
+
+    fn is_asked_everywhere(&self) -> bool {
+        self.model.is_asked_everywhere()
+    }
 }
 
 fn non_finite(row: usize, value: f64) -> Error {

@@ -1,7 +1,7 @@
 //! Scores of both sides of comparisons, by one head or several.
 
 use rand::Rng;
-use rlhf_core::{Error as CoreError, PreferenceBatch, Replicas, RngStreams, Scorer};
+use rlhf_core::{Error as CoreError, PreferenceBatch, Ranks, RngStreams, Scorer};
 use tch::{Device, Kind, Tensor};
 
 use crate::{Error, PairwiseInputs, PairwiseLoss, PairwiseTerms, Result, pairwise_loss};
@@ -146,7 +146,7 @@ impl PairScores {
     }
 
     /// The parts of a batch that all processes have, as one.
-    pub(crate) fn gathered(parts: &[Self], replicas: &Replicas) -> Result<Self> {
+    pub(crate) fn gathered(parts: &[Self], ranks: &Ranks) -> Result<Self> {
         let own = match parts.is_empty() {
             true => Vec::new(),
             false => {
@@ -154,7 +154,7 @@ impl PairScores {
                 vec![chosen, rejected]
             }
         };
-        match <[Tensor; 2]>::try_from(replicas.gather_columns::<Error>(Ok(own))?) {
+        match <[Tensor; 2]>::try_from(ranks.gather_columns::<Error>(Ok(own))?) {
             Ok([chosen, rejected]) => Ok(Self { chosen, rejected }),
             Err(_) => Err(nothing_scored()),
         }

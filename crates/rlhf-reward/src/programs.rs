@@ -90,4 +90,8 @@ impl<T: TextReward> RewardModel for ProgramReward<T> {
             .collect::<rlhf_core::Result<Vec<f64>>>()?;
         Ok(Tensor::from_slice(&values).to_kind(Kind::Float))
     }
+
+    fn is_asked_everywhere(&self) -> bool {
+        false
+    }
 }

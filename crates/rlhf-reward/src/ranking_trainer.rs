@@ -140,7 +140,7 @@ impl<S: Scorer> RankingTrainer<S> {
     /// Nothing has changed then.
     pub fn step(&mut self, batch: &RankingBatch) -> Result<Stats> {
         let (model, terms) = (&self.model, self.config.terms);
-        let replicas = self.updater.replicas().clone();
+        let (replicas, ranks) = (self.updater.replicas().clone(), self.updater.ranks());
         let size = replicas.microbatch_size(batch.len(), self.config.microbatch_size);
         let parts = batch.split(size)?;
         let denominator = batch.total_weight();
@@ -157,7 +157,7 @@ impl<S: Scorer> RankingTrainer<S> {
             true => Vec::new(),
             false => vec![Tensor::cat(&better, 0), Tensor::cat(&worse, 0)],
         };
-        let [better, worse] = <[Tensor; 2]>::try_from(replicas.gather_columns::<Error>(Ok(own))?)
+        let [better, worse] = <[Tensor; 2]>::try_from(ranks.gather_columns::<Error>(Ok(own))?)
             .map_err(|_| nothing_scored())?;
         let metrics = pairwise_metrics(&better, &worse)?;
         let mut stats = Stats::from_iter(update.metrics("ranking"));

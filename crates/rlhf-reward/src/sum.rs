@@ -165,6 +165,12 @@ impl RewardModel for RewardSum {
         }
         stats
     }
+
+    fn is_asked_everywhere(&self) -> bool {
+        self.components
+            .iter()
+            .any(|component| component.model.is_asked_everywhere())
+    }
 }
 
 impl fmt::Debug for RewardSum {

@@ -160,7 +160,7 @@ impl<S: Scorer> RewardTrainer<S> {
     pub fn step(&mut self, batch: &PreferenceBatch) -> Result<Stats> {
         let (batch, skipped) = usable(batch)?;
         let (model, heads, terms) = (&self.model, self.heads, self.config.terms());
-        let replicas = self.updater.replicas().clone();
+        let (replicas, ranks) = (self.updater.replicas().clone(), self.updater.ranks());
         let size = replicas.microbatch_size(batch.len(), self.config.microbatch_size);
         let parts = batch.split(size)?;
         let denominator = heads.weights(&batch).iter().sum();
@@ -171,7 +171,7 @@ impl<S: Scorer> RewardTrainer<S> {
             scored.push(scores.detached());
             Ok(loss)
         })?;
-        let scores = PairScores::gathered(&scored, &replicas)?;
+        let scores = PairScores::gathered(&scored, &ranks)?;
         let (chosen, rejected) = scores.means();
         let metrics = pairwise_metrics(&chosen, &rejected)?;
         let mut stats = Stats::from_iter(update.metrics("reward"));

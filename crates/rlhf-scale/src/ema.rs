@@ -243,7 +243,7 @@ impl Ema {
     /// # Errors
     /// As [`io::load_tensors_into`]; nothing is changed then.
     pub fn load(&mut self, path: &Path) -> Result<()> {
-        let state = self.read(path)?;
+        let state = io::read_matching(path, &self.state())?;
         self.restore(&state)
     }
 
@@ -256,12 +256,7 @@ impl Ema {
         state
     }
 
-    /// The tensors of a file that holds the state of averages like these.
-    pub(crate) fn read(&self, path: &Path) -> Result<Vec<Tensor>> {
-        io::read_matching(path, &self.state())
-    }
-
-    /// Takes over what [`Ema::read`] returned.
+    /// Takes over the tensors of a file, in the order of [`state`](Self::state).
     pub(crate) fn restore(&mut self, state: &[Tensor]) -> Result<()> {
         let Some((updates, averages)) = state.split_last() else {
             return Ok(());

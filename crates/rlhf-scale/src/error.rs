@@ -293,6 +293,9 @@ pub enum Error {
         /// Its error.
         message: String,
     },
+    /// Another of the ranks that have a model together could not read or write its part.
+    #[error("another rank of the model failed: see what it says itself")]
+    ModelRankFailed,
     /// An operation of several processes failed although all are alive.
     #[error("{operation}: {reason}")]
     Communication {

@@ -119,15 +119,32 @@ pub fn load_tensors_into(path: &Path, targets: &[(String, Tensor)]) -> Result<()
 
 /// The file's tensors in the order of `targets`, after checking that they correspond.
 pub(crate) fn read_matching(path: &Path, targets: &[(String, Tensor)]) -> Result<Vec<Tensor>> {
+    read_each(path, targets, false, |_, tensor| Ok(tensor))
+}
+
+/// [`read_matching`], each tensor given to `take` when it is read; `others` says that the file may
+/// hold more.
+pub(crate) fn read_each(
+    path: &Path,
+    targets: &[(String, Tensor)],
+    others: bool,
+    take: impl Fn(&str, Tensor) -> Result<Tensor>,
+) -> Result<Vec<Tensor>> {
     let mut reader = Reader::open(path)?;
-    let problems = reader.problems(targets)?;
+    let mut problems = reader.problems(targets)?;
+    if others {
+        problems.retain(|problem| !matches!(problem, TensorProblem::Unexpected { .. }));
+    }
     if !problems.is_empty() {
         return Err(Error::TensorFile {
             path: path.to_path_buf(),
             problems,
         });
     }
-    targets.iter().map(|(name, _)| reader.read(name)).collect()
+    targets
+        .iter()
+        .map(|(name, _)| take(name, reader.read(name)?))
+        .collect()
 }
 
 /// Copies into targets that are known to correspond.

@@ -18,7 +18,8 @@ use crate::{Error, Result, custom_function};
 /// on. [`Updater`](crate::Updater) calls both in the order one forward, one backward.
 ///
 /// A pass has a number, which goes with its tensors: stages that do not make the same passes in the same
-/// order end in [`Error::PipelineOrder`].
+/// order end in [`Error::PipelineOrder`]. Models on the same stages share a link, so that this holds
+/// across them.
 pub struct StageLink {
     group: Arc<dyn Collective>,
     passes: AtomicU64,
@@ -50,6 +51,20 @@ impl StageLink {
     /// Whether no stage comes after this one.
     pub fn is_last(&self) -> bool {
         self.group.rank() + 1 == self.group.size()
+    }
+
+    /// Whether what the last stage makes now is wanted in all: where no gradient is recorded, and so
+    /// no stage has a part in a backward.
+    pub fn shares_results(&self) -> bool {
+        !grad_enabled()
+    }
+
+    /// Puts the last stage's elements in the place of the others', which have the same shape and kind.
+    ///
+    /// # Errors
+    /// Those of the group.
+    pub fn share(&self, result: &Tensor) -> Result<()> {
+        Ok(self.group.broadcast(result, self.group.size() - 1)?)
     }
 
     /// Begins a pass; its number.

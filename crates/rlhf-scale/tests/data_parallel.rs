@@ -136,9 +136,18 @@ fn config() -> UpdateConfig {
     }
 }
 
+/// Of bf16 weights one in a hundred may be its neighbour.
 #[track_caller]
 fn assert_close(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) {
+    let half = b.kind() == Kind::BFloat16;
     let [a, b] = [a, b].map(|t| t.to_kind(Kind::Double));
+    if half {
+        let beyond = (&a - &b).abs() - b.abs() * 2f64.powi(-7);
+        assert!(beyond.max().double_value(&[]) <= 1e-6, "{what}: {beyond}");
+        let others = a.ne_tensor(&b).sum(Kind::Int64).int64_value(&[]);
+        assert!(others <= 1 + b.numel() as i64 / 100, "{what}: {others}");
+        return;
+    }
     let difference = (&a - &b).abs().max().double_value(&[]);
     let scale = b.abs().max().double_value(&[]).max(1e-3);
     assert!(
@@ -171,9 +180,9 @@ fn every_way_equals_one_process(group: &ProcessGroup) {
         (Kind::Float, true),
         (Kind::BFloat16, false),
     ] {
-        // bf16 forward passes are the same; their sums differ in f32 rounding, but a weight may
+        // bf16 forward passes are the same; their sums differ in f32 rounding, by which a weight may
         // round to the other side.
-        let tolerance = if kind == Kind::Float { 1e-5 } else { 1e-2 };
+        let tolerance = if kind == Kind::Float { 1e-5 } else { 1e-3 };
         let alone = Net::new(kind, checkpointed);
         let mut updater = alone.updater(&config());
         let expected: Vec<_> = (0..STEPS)

@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::GenerationConfig;
 use super::text::GrowingText;
+use super::told::chosen_by_last;
 use crate::rng::ChaCha8Rng;
 use crate::sampling::{ban_tokens, repetition_penalty};
 use crate::{Decoder, Detokenize, Error, FinishReason, KeptSet, Result, gather_logprobs};
@@ -83,11 +84,11 @@ impl Row {
 }
 
 /// One token of one row.
-struct Chosen {
-    id: i64,
-    sampling_logprob: f32,
-    policy_logprob: f32,
-    kept: Option<KeptSet>,
+pub(super) struct Chosen {
+    pub(super) id: i64,
+    pub(super) sampling_logprob: f32,
+    pub(super) policy_logprob: f32,
+    pub(super) kept: Option<KeptSet>,
 }
 
 /// All rows of a call, and the decoder that some of them are in.
@@ -274,7 +275,13 @@ impl<'a> Rows<'a> {
     fn write(&mut self, first: usize, logits: &Tensor) -> Result<()> {
         let config = &self.config;
         let rows = &mut self.active[first..][..logits.size()[0] as usize];
-        let chosen = choose(rows, logits, config)?;
+        let chosen = match self.decoder.stage() {
+            None => choose(rows, logits, config)?,
+            Some(stage) => {
+                let own = stage.has_loss().then(|| choose(rows, logits, config));
+                chosen_by_last(stage, rows.len(), own)?
+            }
+        };
         for (row, chosen) in rows.iter_mut().zip(chosen) {
             if !(chosen.sampling_logprob.is_finite() && chosen.policy_logprob.is_finite()) {
                 return Err(Error::NonFinite {

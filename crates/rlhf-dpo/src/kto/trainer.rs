@@ -146,7 +146,8 @@ impl<P: Policy> KtoTrainer<P> {
     /// Those of [`step`](Self::step).
     pub fn step_scored(&mut self, answers: &[ScoredAnswer]) -> Result<Stats> {
         let kl = self.kl(answers)?;
-        let replicas = self.updater.replicas().clone();
+        let ranks = self.updater.ranks();
+        let replicas = self.updater.replicas();
         let size = replicas.microbatch_size(answers.len(), self.config.microbatch_size);
         let learned = match self.config.objective.loss.has_shift() {
             true => Some(self.shift.with(&[&self.rewards_before(answers)?])?),
@@ -171,7 +172,7 @@ impl<P: Policy> KtoTrainer<P> {
                 true => None,
                 false => Some(Tensor::f_cat(&parts, 0).map_err(CoreError::from)?),
             };
-            let whole = replicas.gather_rows::<Error>(Ok(own))?;
+            let whole = ranks.gather_rows::<Error>(Ok(own))?;
             Ok(Vec::<f32>::try_from(whole).map_err(CoreError::from)?)
         };
         let (rewards, logprobs) = (column(0)?, column(1)?);

@@ -1,7 +1,7 @@
 //! Who says which answer is better.
 
 use rayon::prelude::*;
-use rlhf_core::{Completions, Error as CoreError, FinishReason, RewardModel};
+use rlhf_core::{Completions, Error as CoreError, FinishReason, Replicas, RewardModel};
 use tch::{Device, Kind};
 
 use crate::{Error, Result};
@@ -64,10 +64,14 @@ impl Judge {
         each: usize,
         missing_eos_penalty: f64,
     ) -> Result<Judgement> {
-        let mut scores = match self {
-            Self::Reward(model) => scores_of(model.as_ref(), completions)?,
-            Self::Comparison(compare) => wins(compare, completions, each)?,
+        let everywhere = match self {
+            Self::Reward(model) => model.is_asked_everywhere(),
+            Self::Comparison(_) => false,
         };
+        let mut scores = Replicas::current().numbers_of_the_first(everywhere, || match self {
+            Self::Reward(model) => scores_of(model.as_ref(), completions),
+            Self::Comparison(compare) => wins(compare, completions, each),
+        })?;
         for (score, finish) in scores.iter_mut().zip(&completions.finish_reasons) {
             if *finish == FinishReason::Length {
                 *score -= missing_eos_penalty;

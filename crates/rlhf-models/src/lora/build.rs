@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use rlhf_core::{Cut, Cuts};
 use tch::{Device, Kind, Tensor};
 
 use super::adapter::{Adapter, Dropout};
 use super::config::{LoraConfig, Selection, is_end};
 use crate::error::AdapterProblem;
 use crate::layers::Layout;
-use crate::tensor_parallel::{Cut, Cuts, Splitting};
+use crate::tensor_parallel::Splitting;
 use crate::weights::{Init, WeightMap, fresh};
 use crate::{Error, Result, WeightProblem};
 

@@ -2,15 +2,21 @@
 
 use std::path::Path;
 
+use rlhf_core::Replicas;
+
 use super::build::{AdapterBuilder, Origin, copied};
 use super::config::LoraConfig;
 use super::files::{self, AdapterFiles};
-use crate::trunk::{Model, Trunk};
+use crate::model::Model;
+use crate::trunk::Trunk;
 use crate::weights::{Builder, WeightMap};
 use crate::{CausalLm, Error, ModelConfig, Result, SequenceClassifier, ValueHeadModel};
 
 /// A head that can be built again from other weights of the same shapes.
 pub(crate) trait Rebuild {
+    /// Whether it computes with the input embedding, where the configuration ties it to the output.
+    const READS_EMBEDDING: bool;
+
     /// A head like this one.
     fn rebuild(&self, config: &ModelConfig, trunk: &Trunk, builder: &mut Builder) -> Self;
 
@@ -120,6 +126,9 @@ impl<H: Rebuild> Model<H> {
         let (weights, placement) = (adapters.detached(), &self.placement);
         if !placement.is_split() {
             return files::write(dir, adapters, weights, task_type, tied);
+        }
+        if Replicas::current().rank() > 0 {
+            return Ok(());
         }
         let written = match placement.gather_all(weights, &adapters.cuts, self.device())? {
             Some(weights) => files::write(dir, adapters, weights, task_type, tied),

@@ -4,7 +4,7 @@ use rlhf_core::SequenceBatch;
 use rlhf_scale::{GradientCheckpointing, Precision};
 use tch::Device;
 
-use crate::trunk::Model;
+use crate::model::Model;
 use crate::{CausalLm, SequenceClassifier, ValueHeadModel};
 
 /// The lengths of the sequences of a training step.

@@ -141,6 +141,13 @@ impl Collective for ThreadRank {
         self.meet(tensor)
     }
 
+    fn broadcast(&self, tensor: &Tensor, from: usize) -> Result<()> {
+        let _guard = tch::no_grad_guard();
+        let all = self.meet(tensor)?;
+        tensor.shallow_clone().f_copy_(&all[from])?;
+        Ok(())
+    }
+
     fn send(&self, tensor: &Tensor, to: usize) -> Result<()> {
         let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
         self.sent.fetch_add(bytes as u64, Ordering::Relaxed);

@@ -116,12 +116,9 @@ impl<P: Policy> GrpoTrainer<P> {
     pub(super) fn judge(&self, completions: Completions) -> Result<Scored> {
         let _no_grad = tch::no_grad_guard();
         let completions = completions::with_texts(completions, self.detokenizer.as_deref())?;
-        let rows = completions.batch.len();
         let mut scores = Vec::with_capacity(self.rewards.len());
         for reward in &self.rewards {
-            let own = reward.model.score(&completions).map_err(Error::from);
-            let own = own.and_then(|of| measure::judgement(&reward.name, &of, rows));
-            let column = measure::of_the_first(own)?;
+            let column = measure::judged(&reward.name, reward.model.as_ref(), &completions)?;
             let wrong = |score: &f64| match self.config.unscored {
                 Unscored::Error => !score.is_finite(),
                 Unscored::LeaveOut => score.is_infinite(),

@@ -1,6 +1,6 @@
 //! The loss of a microbatch, and what an optimiser step reports.
 
-use rlhf_core::{Error as CoreError, LogprobOptions, Policy, Replicas};
+use rlhf_core::{Error as CoreError, LogprobOptions, Policy, Ranks};
 use rlhf_scale::UpdateStats;
 use tch::{Kind, Tensor};
 
@@ -186,7 +186,7 @@ impl GroupMinibatchStats {
         parts: &[(Tensor, Tensor)],
         update: &UpdateStats,
         measured: Measured,
-        replicas: &Replicas,
+        ranks: &Ranks,
     ) -> rlhf_core::Result<Self> {
         let sums: Vec<&Tensor> = parts.iter().map(|(sums, _)| sums).collect();
         let maxima: Vec<&Tensor> = parts.iter().map(|(_, max)| max).collect();
@@ -194,7 +194,7 @@ impl GroupMinibatchStats {
             true => Vec::new(),
             false => vec![Tensor::f_stack(&sums, 0)?, Tensor::f_stack(&maxima, 0)?],
         };
-        let columns = replicas.gather_columns::<CoreError>(Ok(own))?;
+        let columns = ranks.gather_columns::<CoreError>(Ok(own))?;
         let [sums, maxima] = <[Tensor; 2]>::try_from(columns).map_err(|_| CoreError::Empty {
             what: "the minibatch",
             help: "give it at least one answer",

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::fmt;
 
-use rlhf_core::{Policy, Replicas, RngStreams, SequenceBatch, Stats};
+use rlhf_core::{Policy, Ranks, RngStreams, SequenceBatch, Stats};
 use tch::{Kind, Tensor};
 
 use crate::learners::Learners;
@@ -151,7 +151,7 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
             kl_coef: rollout.kl_coef,
         };
         let lr = self.updater.lr();
-        let replicas = self.updater.replicas().clone();
+        let ranks = self.updater.ranks();
         let parts = RefCell::new(Vec::with_capacity(microbatches.len()));
         let mut ptx = PtxSum::default();
         // Of all processes.
@@ -170,7 +170,7 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
             Ok(out.loss)
         };
         let update = self.updater.update_if(all, loss, || {
-            sum = Parts::sum(&parts.borrow(), &replicas)?;
+            sum = Parts::sum(&parts.borrow(), &ranks)?;
             match config.guards.look(sum.moved, sum.ratio) {
                 Some(guarded) if config.guards.any() => Err(Halt::Guarded(guarded)),
                 _ => Ok(()),
@@ -180,7 +180,7 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
             Ok(update) => {
                 let mut stats = MinibatchStats::new(sum, &update);
                 stats.ptx_loss = match texts {
-                    Some(_) => ptx.mean(&replicas)?,
+                    Some(_) => ptx.mean(&ranks)?,
                     None => None,
                 };
                 Ok(stats)
@@ -221,7 +221,7 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
         self.updater.update::<Error>(texts.parts.len(), |i| {
             ptx.add(policy, texts, &texts.parts[i])
         })?;
-        Ok(ptx.mean(self.updater.replicas())?.unwrap_or(0.0))
+        Ok(ptx.mean(&self.updater.ranks())?.unwrap_or(0.0))
     }
 }
 
@@ -268,7 +268,7 @@ impl PtxSum {
     }
 
     /// Of the texts of all processes.
-    fn mean(&self, replicas: &Replicas) -> Result<Option<f64>> {
+    fn mean(&self, ranks: &Ranks) -> Result<Option<f64>> {
         let own = match self.0.is_empty() {
             true => 0.0,
             false => {
@@ -276,7 +276,7 @@ impl PtxSum {
                 f64::try_from(sum).map_err(rlhf_core::Error::from)?
             }
         };
-        let sums = replicas.sum::<Error>(Ok(vec![own, self.0.len() as f64]))?;
+        let sums = ranks.sum::<Error>(Ok(vec![own, self.0.len() as f64]))?;
         Ok((sums[1] > 0.0).then_some(sums[0]))
     }
 }

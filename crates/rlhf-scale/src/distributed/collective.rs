@@ -30,6 +30,10 @@ impl Collective for ProcessGroup {
         Ok(all.f_unbind(0)?)
     }
 
+    fn broadcast(&self, tensor: &Tensor, from: usize) -> rlhf_core::Result<()> {
+        Ok(ProcessGroup::broadcast(self, tensor, from)?)
+    }
+
     fn send(&self, tensor: &Tensor, to: usize) -> rlhf_core::Result<()> {
         // A copy, since it may be on its way when the caller goes on.
         let copy = tensor.f_detach()?.f_contiguous()?;

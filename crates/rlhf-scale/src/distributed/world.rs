@@ -6,7 +6,7 @@ use rlhf_core::{Error as CoreError, Exchange, Replicas};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::{GroupOptions, ProcessGroup};
+use super::{GroupOptions, Mesh, ProcessGroup};
 use crate::Result;
 
 /// What each process of a data-parallel run keeps a part of, rather than a copy.
@@ -90,7 +90,10 @@ impl DataParallel {
 #[derive(Debug)]
 #[must_use = "the processes train together for as long as this lives"]
 pub struct World {
+    /// Those with other data.
     group: ProcessGroup,
+    /// Whether this is the first of all.
+    first: bool,
 }
 
 /// What updaters need to know of the world.
@@ -115,14 +118,36 @@ impl World {
         Self::of(group, options)
     }
 
-    /// A world of the members of `group`, for instance of those along the
-    /// [data](super::Mesh::data) direction of a mesh. It takes the place of one that there was.
+    /// A world of the members of `group`. It takes the place of one that there was.
     ///
     /// # Errors
     /// Invalid options.
     pub fn of(group: ProcessGroup, options: &DataParallel) -> Result<Self> {
-        options.validate()?;
+        let first = group.rank() == 0;
         let replicas = Replicas::of(Arc::new(Gathering(group.clone())));
+        Self::make(group, first, replicas, options)
+    }
+
+    /// The world of a mesh, whose models lie on several processes each: data is dealt out along the
+    /// [data](Mesh::data) direction, and the first of all processes writes files, and tells
+    /// observers. It takes the place of one that there was.
+    ///
+    /// # Errors
+    /// Invalid options.
+    pub fn on(mesh: &Mesh, options: &DataParallel) -> Result<Self> {
+        let (group, run) = (mesh.data().clone(), mesh.world());
+        let replicas = Replicas::of(Arc::new(Gathering(group.clone())));
+        let replicas = replicas.in_run(Arc::new(Gathering(run.clone())));
+        Self::make(group, run.rank() == 0, replicas, options)
+    }
+
+    fn make(
+        group: ProcessGroup,
+        first: bool,
+        replicas: Replicas,
+        options: &DataParallel,
+    ) -> Result<Self> {
+        options.validate()?;
         replicas.make_current();
         let membership = (group.size() > 1).then(|| Membership {
             group: group.clone(),
@@ -130,17 +155,17 @@ impl World {
             replicas,
         });
         *CURRENT.write().unwrap_or_else(PoisonError::into_inner) = membership;
-        Ok(Self { group })
+        Ok(Self { group, first })
     }
 
-    /// Its processes.
+    /// The processes that data is dealt out to.
     pub fn group(&self) -> &ProcessGroup {
         &self.group
     }
 
     /// Whether this is the process that prints.
     pub fn is_first(&self) -> bool {
-        self.group.rank() == 0
+        self.first
     }
 }
 

@@ -5,8 +5,10 @@ use std::path::Path;
 use rlhf_core::{Error as CoreError, ParameterShards};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tch::Tensor;
 
-use super::Updater;
+use super::whole::{self, WeightOf, after_dot, itself};
+use super::{Reduction, Updater};
 use crate::{Error, LossScaler, Result, io};
 
 const PARAMETERS_FILE: &str = "parameters.safetensors";
@@ -21,10 +23,16 @@ struct State {
     step: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     loss_scaler: Option<LossScaler>,
-    /// Which part of a model on several ranks.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    part: Option<String>,
     config: Value,
+}
+
+/// What was read, before anything of it is taken over.
+struct Read {
+    step: u64,
+    scaler: Option<LossScaler>,
+    params: Vec<Tensor>,
+    moments: Vec<Tensor>,
+    averages: Option<Vec<Tensor>>,
 }
 
 impl Updater {
@@ -35,12 +43,10 @@ impl Updater {
     /// Each file is replaced atomically; for all of them together use a
     /// [`CheckpointStore`](rlhf_core::CheckpointStore), which moves a whole folder into place.
     ///
-    /// Of a model on several ranks ([`Updater::of`]) each rank saves what it has, into a folder of its
-    /// own, which the rank with the same part of as many loads.
-    ///
-    /// Of several processes that train together all call it, and the first writes. The files do not
-    /// tell how many there were, nor what each had a part of: any number of processes can
-    /// [load](Self::load) them.
+    /// Of several processes that train together, or have parts of the model ([`Updater::of`]), all
+    /// call it, and the first writes; it needs memory for one whole file. The files do not tell how many
+    /// there were, nor what each had a part of: any number of processes can [load](Self::load) them,
+    /// with the model on as many ranks as they like.
     ///
     /// # Errors
     /// If a file cannot be written, or [`Error::EmaApplied`] while averages stand in for the
@@ -50,29 +56,45 @@ impl Updater {
             ema.check_not_applied()?;
         }
         // What all processes do together comes before what may fail in one.
-        let spread = match &self.reduction {
+        let optimizer = match &self.reduction {
             Some(reduction) if reduction.is_sharded() => {
-                Some(reduction.whole_state(&self.optimizer, &self.params)?)
+                reduction.whole_state(&self.optimizer, &self.params)?
             }
-            _ => None,
+            _ => self.optimizer.state(),
         };
-        std::fs::create_dir_all(dir).map_err(CoreError::io("creating", dir))?;
-        if !self.replicas.is_first() {
-            return Ok(());
+        let made = std::fs::create_dir_all(dir).map_err(CoreError::io("creating", dir));
+        // The others have the same.
+        if self.replicas.rank() > 0 {
+            return Ok(made?);
         }
-        io::save_tensors(&dir.join(PARAMETERS_FILE), &self.params)?;
-        match spread {
-            Some(state) => io::save_tensors(&dir.join(OPTIMIZER_FILE), &state)?,
-            None => self.optimizer.save(&dir.join(OPTIMIZER_FILE))?,
-        }
+        let shards = self.shards.as_ref();
+        let aliases = self.params.iter();
+        let aliases = aliases.map(|(name, param)| (name.clone(), param.shallow_clone()));
+        let mut states: Vec<(&str, _, WeightOf)> = vec![
+            (PARAMETERS_FILE, aliases.collect(), itself),
+            (OPTIMIZER_FILE, optimizer, after_dot),
+        ];
         if let Some(ema) = &self.ema {
-            ema.save(&dir.join(EMA_FILE))?;
+            states.push((EMA_FILE, ema.state(), after_dot));
         }
+        let mut written = made.map_err(Error::from);
+        for (file, state, weight_of) in states {
+            // No rank waits for one that cannot write.
+            if let Some(whole) = whole::gathered(shards, state, weight_of)? {
+                written = written.and_then(|()| io::save_tensors(&dir.join(file), &whole));
+            }
+        }
+        if shards.is_none_or(ParameterShards::is_first) {
+            written = written.and_then(|()| self.write_state(dir));
+        }
+        whole::agree(shards, self.device(), written)
+    }
+
+    fn write_state(&self, dir: &Path) -> Result<()> {
         let path = dir.join(STATE_FILE);
         let state = State {
             step: self.step,
             loss_scaler: self.scaler.clone(),
-            part: self.part(),
             config: self.config_json(&path)?,
         };
         let text = serde_json::to_string_pretty(&state).map_err(|error| corrupt(&path, error))?;
@@ -90,6 +112,31 @@ impl Updater {
     /// [`Error::TensorFile`] if its tensors are not those of this updater, and the usual errors of
     /// files that are missing or damaged. Nothing is changed then.
     pub fn load(&mut self, dir: &Path) -> Result<()> {
+        let read = self.read(dir);
+        let Read {
+            step,
+            scaler,
+            params,
+            moments,
+            averages,
+        } = whole::agree(self.shards.as_ref(), self.device(), read)?;
+        if let (Some(ema), Some(averages)) = (&mut self.ema, averages) {
+            ema.restore(&averages)?;
+        }
+        io::copy_into(&self.params, &params)?;
+        match self.spread() {
+            Some(reduction) => {
+                reduction.restore_state(&self.optimizer, &moments, &self.params)?;
+            }
+            None => io::copy_into(&self.optimizer.state(), &moments)?,
+        }
+        self.scaler = scaler;
+        self.step = step;
+        Ok(())
+    }
+
+    /// What the files hold for this rank.
+    fn read(&self, dir: &Path) -> Result<Read> {
         let path = dir.join(STATE_FILE);
         let text = std::fs::read_to_string(&path).map_err(CoreError::io("reading", &path))?;
         let state: State = serde_json::from_str(&text).map_err(|error| corrupt(&path, error))?;
@@ -102,44 +149,32 @@ impl Updater {
                 current,
             });
         }
-        if state.part != self.part() {
-            let whole = || "all of the model".to_string();
-            return Err(Error::ConfigMismatch {
-                path,
-                field: "part".into(),
-                saved: state.part.unwrap_or_else(whole),
-                current: self.part().unwrap_or_else(whole),
-            });
-        }
         let scaler = state.loss_scaler.and_then(LossScaler::restored);
         if scaler.is_some() != self.scaler.is_some() {
             return Err(corrupt(&path, "no usable loss_scaler"));
         }
-        let spread = self.reduction.as_ref().filter(|r| r.is_sharded());
-        let optimizer_state = match spread {
+        let optimizer_state = match self.spread() {
             Some(reduction) => reduction.expected_state(&self.params)?,
             None => self.optimizer.state(),
         };
-        let params = io::read_matching(&dir.join(PARAMETERS_FILE), &self.params)?;
-        let moments = io::read_matching(&dir.join(OPTIMIZER_FILE), &optimizer_state)?;
-        if let Some(ema) = &mut self.ema {
-            let averages = ema.read(&dir.join(EMA_FILE))?;
-            ema.restore(&averages)?;
-        }
-        io::copy_into(&self.params, &params)?;
-        match spread {
-            Some(reduction) => {
-                reduction.restore_state(&self.optimizer, &moments, &self.params)?;
-            }
-            None => io::copy_into(&optimizer_state, &moments)?,
-        }
-        self.scaler = scaler;
-        self.step = state.step;
-        Ok(())
+        let read = |file: &str, targets: &[(String, Tensor)], weight_of| {
+            whole::read(self.shards.as_ref(), &dir.join(file), targets, weight_of)
+        };
+        let averages = self.ema.as_ref();
+        Ok(Read {
+            step: state.step,
+            scaler,
+            params: read(PARAMETERS_FILE, &self.params, itself)?,
+            moments: read(OPTIMIZER_FILE, &optimizer_state, after_dot)?,
+            averages: averages
+                .map(|ema| read(EMA_FILE, &ema.state(), after_dot))
+                .transpose()?,
+        })
     }
 
-    fn part(&self) -> Option<String> {
-        self.shards.as_ref().map(ParameterShards::place)
+    /// What the optimiser's state is spread by, over processes.
+    fn spread(&self) -> Option<&Reduction> {
+        self.reduction.as_ref().filter(|r| r.is_sharded())
     }
 
     fn config_json(&self, path: &Path) -> Result<Value> {

@@ -102,8 +102,8 @@ impl<P: Policy> GrpoTrainer<P> {
             parts.push((out.sums, out.max));
             Ok(out.loss)
         })?;
-        let replicas = self.updater.replicas();
-        let stats = GroupMinibatchStats::new(&parts, &update, measured, replicas)?;
+        let ranks = self.updater.ranks();
+        let stats = GroupMinibatchStats::new(&parts, &update, measured, &ranks)?;
         Ok(Some(stats))
     }
 

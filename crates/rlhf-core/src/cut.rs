@@ -1,20 +1,24 @@
 //! Parts of a tensor, and the tensor of its parts.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
+
+use crate::{Collective, Result};
 
 /// How a tensor is cut into the parts of the ranks.
 ///
 /// A dimension consists of `blocks` of equal size; each rank has its share of every block. Where ranks do
 /// not divide a block, the last ones have less.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Cut {
-    pub(crate) dim: i64,
-    pub(crate) blocks: i64,
+pub struct Cut {
+    /// The dimension, from 0.
+    pub dim: i64,
+    /// What it consists of: query, key and value side by side are 3.
+    pub blocks: i64,
 }
 
 impl Cut {
     /// Rows.
-    pub(crate) fn vocabulary() -> Self {
+    pub fn vocabulary() -> Self {
         Self { dim: 0, blocks: 1 }
     }
 
@@ -27,12 +31,12 @@ impl Cut {
     }
 
     /// Elements of the cut dimension that a rank has, of `size`.
-    pub(crate) fn len(self, size: i64, rank: usize, ranks: usize) -> i64 {
+    pub fn len(self, size: i64, rank: usize, ranks: usize) -> i64 {
         self.blocks * self.share(size, rank, ranks).1
     }
 
     /// The shape of a rank's part.
-    pub(crate) fn shape(self, whole: &[i64], rank: usize, ranks: usize) -> Vec<i64> {
+    pub fn shape(self, whole: &[i64], rank: usize, ranks: usize) -> Vec<i64> {
         let mut shape = whole.to_vec();
         if let Some(size) = shape.get_mut(self.dim as usize) {
             *size = self.len(*size, rank, ranks);
@@ -41,12 +45,10 @@ impl Cut {
     }
 
     /// A copy of a rank's part in memory of its own; the rest of `whole` is not read.
-    pub(crate) fn take(
-        self,
-        whole: &Tensor,
-        rank: usize,
-        ranks: usize,
-    ) -> Result<Tensor, tch::TchError> {
+    ///
+    /// # Errors
+    /// libtorch's (out of memory).
+    pub fn take(self, whole: &Tensor, rank: usize, ranks: usize) -> Result<Tensor> {
         let shape = self.shape(&whole.size(), rank, ranks);
         let part = Tensor::f_empty(shape.as_slice(), (whole.kind(), whole.device()))?;
         for (in_whole, in_part) in self.pieces(whole, &part, rank, ranks)? {
@@ -55,18 +57,46 @@ impl Cut {
         Ok(part)
     }
 
-    /// Puts a rank's part into its places.
-    pub(crate) fn put(
-        self,
-        whole: &Tensor,
-        part: &Tensor,
-        rank: usize,
-        ranks: usize,
-    ) -> Result<(), tch::TchError> {
+    /// Puts a rank's part into its places; the two may be on different devices.
+    ///
+    /// # Errors
+    /// libtorch's.
+    pub fn put(self, whole: &Tensor, part: &Tensor, rank: usize, ranks: usize) -> Result<()> {
         for (in_whole, in_part) in self.pieces(whole, part, rank, ranks)? {
             { in_whole }.f_copy_(&in_part)?;
         }
         Ok(())
+    }
+
+    /// The whole, on the CPU of the first rank, of which each rank of the group has a part; `size` is
+    /// that of the cut dimension. Every rank calls it, in the same order; the others get `None`.
+    ///
+    /// # Errors
+    /// Those of the group; libtorch's.
+    pub fn gather(
+        self,
+        part: &Tensor,
+        size: i64,
+        group: &dyn Collective,
+    ) -> Result<Option<Tensor>> {
+        let ranks = group.size();
+        let part = part.f_detach()?.f_contiguous()?;
+        if group.rank() > 0 {
+            group.send(&part, 0)?;
+            return Ok(None);
+        }
+        let mut shape = part.size();
+        let dim = self.dim as usize;
+        shape[dim] = size;
+        let whole = Tensor::f_empty(shape.as_slice(), (part.kind(), Device::Cpu))?;
+        self.put(&whole, &part, 0, ranks)?;
+        for rank in 1..ranks {
+            shape[dim] = self.len(size, rank, ranks);
+            let other = Tensor::f_empty(shape.as_slice(), (part.kind(), part.device()))?;
+            group.receive(&other, rank)?;
+            self.put(&whole, &other, rank, ranks)?;
+        }
+        Ok(Some(whole))
     }
 
     /// Views of the same elements in the whole and in a rank's part.
@@ -76,7 +106,7 @@ impl Cut {
         part: &Tensor,
         rank: usize,
         ranks: usize,
-    ) -> Result<Vec<(Tensor, Tensor)>, tch::TchError> {
+    ) -> Result<Vec<(Tensor, Tensor)>> {
         let size = whole.size()[self.dim as usize];
         let (first, count) = self.share(size, rank, ranks);
         (0..self.blocks)
@@ -95,7 +125,7 @@ impl Cut {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use tch::{Device, Kind};
+    use tch::Kind;
 
     fn numbers(shape: [i64; 2]) -> Tensor {
         Tensor::arange(shape[0] * shape[1], (Kind::Float, Device::Cpu)).view(shape)
