@@ -30,7 +30,7 @@ impl RunFolder {
         shown: impl IntoIterator<Item = &'a str>,
     ) -> Result<Vec<Box<dyn Observer>>> {
         Ok(vec![
-            Box::new(JsonlObserver::create(&self.metrics())?),
+            Box::new(JsonlObserver::create(self.metrics())?),
             Box::new(ProgressObserver::new(shown)),
         ])
     }

@@ -36,7 +36,7 @@ impl<P: Policy, V: Critic<P>> Learners<'_, P, V> {
             .map(|parameters| !parameters.is_empty())
             .collect();
         match trained.contains(&false) {
-            true => vec![0..trained.len()],
+            true => std::iter::once(0..trained.len()).collect(),
             false => (0..trained.len()).map(|model| model..model + 1).collect(),
         }
     }
