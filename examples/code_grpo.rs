@@ -96,7 +96,9 @@ fn run() -> Result<()> {
             .collect::<BTreeSet<_>>()
             .len()
     );
-    let (watch, findings) = watch(WatchConfig::default())?;
+    let watching = WatchConfig::default();
+    let length = (options.steps, watching.window);
+    let (watch, findings) = watch(watching)?;
     let mut observers = folder.observers(SHOWN)?;
     observers.push(Box::new(watch));
 
@@ -125,7 +127,7 @@ fn run() -> Result<()> {
         seconds: started.elapsed().as_secs_f64(),
     };
     report.print()?;
-    println!("{}\n", told(&taken(&findings), LOOKED_AT));
+    println!("{}\n", told(&taken(&findings), length, LOOKED_AT));
     print_examples(trainer.policy(), &split.held_out)?;
     folder.save_policy(trainer.policy(), None)?;
     folder.finish(("grpo", &PANELS, 5), &report)

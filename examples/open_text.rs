@@ -138,8 +138,8 @@ fn run() -> Result<()> {
 
     println!("\n1. Until the watch stops the run");
     let (watch, findings) = watch(WatchConfig {
-        // Texts are short and the run is: smaller windows, and fewer nats.
-        window: 5,
+        window: WINDOW,
+        // Texts are short: fewer nats.
         max_kl: 15.0,
         stop: StopRule::On {
             kinds: vec![
@@ -160,7 +160,7 @@ fn run() -> Result<()> {
     // Of this one, not of the one that goes on.
     folder.save_policy(trainer.policy(), Some(&judge.tokenizer))?;
     let findings = taken(&findings);
-    println!("{}\n", told(&findings, LOOKED_AT));
+    println!("{}\n", told(&findings, (stopped_at, WINDOW), LOOKED_AT));
 
     println!("2. The same run, had it gone on");
     observers.pop();
@@ -181,6 +181,8 @@ fn run() -> Result<()> {
     folder.finish(("grpo", &PANELS, 3), &report)
 }
 
+/// Steps of the windows that the watch compares: texts are short, and so is the run.
+const WINDOW: usize = 5;
 /// What the watch has to go by.
 const LOOKED_AT: &str = "the rewards, the KL and the variety of each step's samples";
 

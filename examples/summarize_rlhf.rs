@@ -126,7 +126,9 @@ fn run() -> Result<()> {
     let (reward, accuracy) = run.reward_model(&reference, &mut observers)?;
 
     println!("\n2. PPO");
-    let (watch, findings) = watch(WatchConfig::default())?;
+    let watching = WatchConfig::default();
+    let length = (run.options.steps, watching.window);
+    let (watch, findings) = watch(watching)?;
     observers.push(Box::new(watch));
     let mut trainer = run.ppo_trainer(reference, reward)?;
     let before = run.judge(&trainer, None)?;
@@ -138,7 +140,8 @@ fn run() -> Result<()> {
     let report = Report::new(&before, &after, accuracy, started.elapsed());
     println!("{report}");
     println!("Was the reward hacked?");
-    println!("- in training: {}", told(&taken(&findings), LOOKED_AT));
+    let seen = told(&taken(&findings), length, LOOKED_AT);
+    println!("- in training: {seen}");
     println!("- on held-out texts: {}\n", report.verdict());
     if run.options.constraint {
         println!(

@@ -28,9 +28,13 @@ pub fn taken(findings: &Findings) -> Vec<Finding> {
     }
 }
 
-/// What was found, a paragraph each; `looked_at`: what the watch had to go by.
-pub fn told(findings: &[Finding], looked_at: &str) -> String {
+/// What was found, a paragraph each, in a run of so many steps; `looked_at`: what the watch had to
+/// go by.
+pub fn told(findings: &[Finding], (steps, window): (u64, usize), looked_at: &str) -> String {
     match findings {
+        [] if steps < 2 * window as u64 => format!(
+            "{steps} steps are too few for the watch, which compares the first {window} with the last"
+        ),
         [] => format!("the watch saw nothing amiss in {looked_at}"),
         _ => {
             let found = findings.iter().map(|finding| format!("\n- {finding}"));

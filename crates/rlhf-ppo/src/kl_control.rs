@@ -129,6 +129,12 @@ mod tests {
         assert!((adaptive.kl_coef() - 0.2 * 1.01).abs() < 1e-12);
         adaptive.observe(f64::NAN, 1000);
         assert!((adaptive.kl_coef() - 0.2 * 1.01).abs() < 1e-12);
+        // However far off, as if it were a fifth.
+        for (kl, factor) in [(600.0, 1.02), (0.0, 0.98)] {
+            let mut adaptive = KlController::new(KlControl::ziegler());
+            adaptive.observe(kl, 1000);
+            assert!((adaptive.kl_coef() - 0.2 * factor).abs() < 1e-12);
+        }
     }
 
     #[test]

@@ -88,16 +88,16 @@ mod tests {
 
     #[test]
     fn by_hand() {
-        let (two, half) = (2f64.ln(), 0.5f64.ln());
+        let (two, quarter) = (2f64.ln(), 0.25f64.ln());
         let logprobs = Tensor::from_slice2(&[[-1.0, -1.0, 0.0]]);
-        let sampled = Tensor::from_slice2(&[[-1.0 - two, -1.0 - half, f64::NAN]]);
+        let sampled = Tensor::from_slice2(&[[-1.0 - two, -1.0 - quarter, f64::NAN]]);
         let mask = Tensor::from_slice2(&[[true, true, false]]);
         let gap = SamplerMismatch::between(&logprobs, &sampled, &mask)
             .unwrap()
             .unwrap();
-        assert!((gap.mean - two).abs() < 1e-6 && (gap.max - two).abs() < 1e-12);
-        // ρ − 1 − log ρ of 2 and of ½.
-        let want = ((2.0 - 1.0 - two) + (0.5 - 1.0 - half)) / 2.0;
+        assert!((gap.mean - 1.5 * two).abs() < 1e-6 && (gap.max - 2.0 * two).abs() < 1e-12);
+        // ρ − 1 − log ρ of 2 and of ¼, which is another number than that of ½ and of 4.
+        let want = ((2.0 - 1.0 - two) + (0.25 - 1.0 - quarter)) / 2.0;
         assert!((gap.kl - want).abs() < 1e-6, "{} is not {want}", gap.kl);
         let none = mask.zeros_like();
         assert_eq!(
@@ -113,6 +113,6 @@ mod tests {
         let capped = RolloutCorrection::TruncatedImportance { cap: 1.5 };
         let weights = capped.weights(&logprobs, &sampled, &mask).unwrap();
         let weights = Vec::<f64>::try_from(weights.view(-1)).unwrap();
-        assert!((weights[0] - 1.5).abs() < 1e-12 && (weights[1] - 0.5).abs() < 1e-12);
+        assert!((weights[0] - 1.5).abs() < 1e-12 && (weights[1] - 0.25).abs() < 1e-12);
     }
 }

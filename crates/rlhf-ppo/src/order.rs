@@ -66,6 +66,22 @@ mod tests {
     }
 
     #[test]
+    fn every_order_is_as_likely() {
+        let streams = RngStreams::new(7);
+        let mut seen = std::collections::BTreeMap::new();
+        for i in 0..600 {
+            let order = shuffled(vec![0, 1, 2], &mut streams.stream("order", i));
+            *seen.entry(order).or_insert(0) += 1;
+        }
+        assert_eq!(seen.len(), 6);
+        // Of 100 each, with a deviation of 9.
+        assert!(
+            seen.values().all(|count| (60..140).contains(count)),
+            "{seen:?}"
+        );
+    }
+
+    #[test]
     fn parts_cover_everything_and_are_never_empty() {
         let sizes = |n: usize, count| -> Vec<usize> {
             let rows: Vec<usize> = (0..n).collect();
