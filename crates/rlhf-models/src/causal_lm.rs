@@ -297,7 +297,7 @@ impl CausalLm {
 /// What the memory plan may change.
 impl CausalLm {
     /// Tokens whose logits are there at once when responses are scored; `None` for the default of
-    /// [`linear_logprobs`].
+    /// [`linear_logprobs`](rlhf_scale::linear_logprobs()).
     pub fn logprob_chunk_rows(&self) -> Option<usize> {
         self.chunk_rows
     }
