@@ -31,12 +31,14 @@ fn main() -> Result<(), &'static str> {
         .cpp(true)
         .std("c++17")
         .warnings(false)
-        // What is rounded once is written so.
+        // What is rounded once is written so; square roots of vectors set no errno.
         .flag_if_supported("-ffp-contract=off")
+        .flag_if_supported("-fno-math-errno")
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
         .files([
+            "csrc/adamw.cpp",
             "csrc/allocator.cpp",
             "csrc/attention.cpp",
             "csrc/autograd.cpp",

@@ -143,6 +143,7 @@ mod guards;
 mod kl_control;
 mod kl_estimator;
 mod lagrangian;
+mod learners;
 mod length_penalty;
 mod measure;
 mod microbatching;

@@ -1,14 +1,12 @@
-// What tch leaves out of libtorch: list operations (fused AdamW, foreach norms), writable gradients,
+// What tch leaves out of libtorch: list operations (copies, norms), writable gradients,
 // backward with output gradients, and tensors over memory that Rust owns.
 #include "guard.h"
 #include "wide.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_foreach_norm.h>
-#include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/scalar_tensor.h>
@@ -100,25 +98,6 @@ double length_of(const std::vector<Tensor>& tensors) {
 #endif
 
 extern "C" {
-
-// One AdamW step for tensors of one device and kind; `steps` are one-element f32 tensors, raised by one here.
-char* rlhf_fused_adamw(Tensor* const* params, Tensor* const* grads, Tensor* const* exp_avgs,
-                       Tensor* const* exp_avg_sqs, Tensor* const* steps, size_t count, double lr,
-                       double beta1, double beta2, double weight_decay, double eps) {
-  return guarded([&] {
-    at::NoGradGuard no_grad;
-    auto counters = list(steps, count);
-    at::_foreach_add_(counters, 1);
-    try {
-      at::_fused_adamw_(list(params, count), list(grads, count), list(exp_avgs, count),
-                        list(exp_avg_sqs, count), /*max_exp_avg_sqs=*/{}, counters, lr, beta1,
-                        beta2, weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false);
-    } catch (...) {
-      at::_foreach_add_(counters, -1);
-      throw;
-    }
-  });
-}
 
 // targets[i].copy_(sources[i]), rounding to the target's kind.
 char* rlhf_copy_all(Tensor* const* targets, Tensor* const* sources, size_t count) {

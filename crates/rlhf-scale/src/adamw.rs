@@ -1,4 +1,4 @@
-//! AdamW on libtorch's fused kernels.
+//! AdamW, in one pass over each weight.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -10,8 +10,10 @@ use crate::ffi::{self, FusedAdamW};
 use crate::gradients::grad_of;
 use crate::{AdamWConfig, Error, Result, io, param_group};
 
-/// AdamW with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), by the same fused
-/// kernel as PyTorch's `torch.optim.AdamW(fused=True)`.
+/// AdamW with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2). On an x86 CPU running
+/// Linux f32 weights and masters are stepped by a kernel of our own, which clips gradients on the way
+/// and gives the same bits with every instruction set; all else by the same fused kernel as PyTorch's
+/// `torch.optim.AdamW(fused=True)`.
 ///
 /// With the gradient `g` of step `t` each weight `p` becomes
 ///
@@ -138,11 +140,17 @@ impl AdamW {
             .iter()
             .map(|slot| grad_of(&slot.param))
             .collect::<Result<Vec<_>>>()?;
-        self.step_with(&grads, lr_factor)
+        self.step_with(&grads, 1.0, lr_factor)
     }
 
-    /// [`AdamW::step`] from `grads`, one for each parameter in order.
-    pub(crate) fn step_with(&mut self, grads: &[Option<Tensor>], lr_factor: f64) -> Result<()> {
+    /// [`AdamW::step`] from `scale` times `grads`, one for each parameter in order. What they hold
+    /// afterwards has no meaning unless the scale is 1.
+    pub(crate) fn step_with(
+        &mut self,
+        grads: &[Option<Tensor>],
+        scale: f64,
+        lr_factor: f64,
+    ) -> Result<()> {
         // All that allocates, and so may fail, comes before the first weight changes.
         let grads = self
             .slots
@@ -174,7 +182,8 @@ impl AdamW {
         }
         for (call, group) in calls.iter().zip(&self.groups) {
             if !call.params.is_empty() {
-                call.step(group.lr * lr_factor, &self.config, group.weight_decay)?;
+                let lr = group.lr * lr_factor;
+                call.step(scale, lr, &self.config, group.weight_decay)?;
             }
         }
         if !params.is_empty() {
@@ -377,7 +386,7 @@ mod tests {
             for _ in 0..3 {
                 for (optimizer, own) in &mut optimizers {
                     optimizer
-                        .step_with(&[Some(own.shallow_clone())], 1.0)
+                        .step_with(&[Some(own.shallow_clone())], 1.0, 1.0)
                         .unwrap();
                 }
             }

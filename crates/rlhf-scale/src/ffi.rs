@@ -30,7 +30,7 @@ type Raw = *mut C_tensor;
 type Message = *mut c_char;
 
 unsafe extern "C" {
-    fn rlhf_fused_adamw(
+    fn rlhf_adamw(
         params: *const Raw,
         grads: *const Raw,
         exp_avgs: *const Raw,
@@ -42,6 +42,7 @@ unsafe extern "C" {
         beta2: f64,
         weight_decay: f64,
         eps: f64,
+        scale: f64,
     ) -> Message;
     fn rlhf_copy_all(targets: *const Raw, sources: *const Raw, count: usize) -> Message;
     fn rlhf_round_all(
@@ -66,7 +67,7 @@ unsafe extern "C" {
     ) -> Message;
 }
 
-/// The tensors of one fused step: five lists of one length, all of one device and kind.
+/// The tensors of one step: five lists of one length, all of one device and kind.
 #[derive(Default)]
 pub(crate) struct FusedAdamW<'a> {
     pub(crate) params: Vec<&'a Tensor>,
@@ -77,10 +78,12 @@ pub(crate) struct FusedAdamW<'a> {
 }
 
 impl FusedAdamW<'_> {
-    /// Raises `steps` by one and applies AdamW in place. The caller has checked that strides agree,
-    /// since the kernel walks the storage.
+    /// Raises `steps` by one and applies AdamW in place, on gradients times `scale`, which may have
+    /// been scaled themselves then. The caller has checked that strides agree, since the kernel walks
+    /// the storage.
     pub(crate) fn step(
         &self,
+        scale: f64,
         lr: f64,
         config: &crate::AdamWConfig,
         weight_decay: f64,
@@ -94,7 +97,7 @@ impl FusedAdamW<'_> {
         ];
         // SAFETY: live tensors; the lists are filled together, so `count` holds for all of them.
         check(unsafe {
-            rlhf_fused_adamw(
+            rlhf_adamw(
                 params.as_ptr(),
                 grads.as_ptr(),
                 exp_avgs.as_ptr(),
@@ -106,6 +109,7 @@ impl FusedAdamW<'_> {
                 config.beta2,
                 weight_decay,
                 config.eps,
+                scale,
             )
         })
     }

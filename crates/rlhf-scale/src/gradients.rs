@@ -78,7 +78,10 @@ pub fn clip_grad_norm_of(params: &[Tensor], max_norm: f64, norm: Norm) -> Result
         return Ok(0.0);
     }
     let total = f64::try_from(grad_norm(&grads, norm)?)?;
-    scale_to_norm(&grads, total, max_norm)?;
+    let factor = clip_factor(total, max_norm);
+    if factor < 1.0 {
+        ffi::scale_all(&grads, factor)?;
+    }
     Ok(total)
 }
 
@@ -97,13 +100,12 @@ pub(crate) fn grad_norm(grads: &[&Tensor], norm: Norm) -> Result<Tensor> {
     Ok(ffi::norm(grads, order)?.f_to_kind(Kind::Float)?)
 }
 
-/// Scales `grads`, whose norm is `total`, to norm `max_norm` if they are longer.
-pub(crate) fn scale_to_norm(grads: &[&Tensor], total: f64, max_norm: f64) -> Result<()> {
-    let factor = max_norm / (total + 1e-6);
-    if total.is_finite() && factor < 1.0 {
-        ffi::scale_all(grads, factor)?;
+/// What gradients whose norm is `total` are multiplied by for a norm of at most `max_norm`.
+pub(crate) fn clip_factor(total: f64, max_norm: f64) -> f64 {
+    match total.is_finite() {
+        true => (max_norm / (total + 1e-6)).min(1.0),
+        false => 1.0,
     }
-    Ok(())
 }
 
 fn check_grad(tensor: &Tensor, grad: &Tensor) -> Result<()> {

@@ -2,23 +2,20 @@
 
 #[cfg(not(feature = "distributed"))]
 mod alone;
+mod backward;
 mod files;
 mod shards;
 mod stats;
+mod sums;
 
-use std::collections::VecDeque;
 use std::fmt::Display;
-use std::ops::Range;
 
-use rand_chacha::rand_core::RngCore;
-use rlhf_core::{
-    Error as CoreError, ParameterShards, Parameters, PipelineStage, Replicas, RngStreams,
-};
+use rlhf_core::{Error as CoreError, ParameterShards, Parameters, Replicas};
 use tch::{Device, Kind, Tensor};
 
 #[cfg(feature = "distributed")]
 use crate::distributed::reduction::Reduction;
-use crate::gradients::{self, Norm, grad_of};
+use crate::gradients::{self, Norm};
 use crate::{AdamW, Ema, Error, LossScaler, Result, UpdateConfig, ffi};
 #[cfg(not(feature = "distributed"))]
 use alone::Reduction;
@@ -286,185 +283,6 @@ impl Updater {
         Ok(self.apply(gradients)?)
     }
 
-    /// Forward and backward of this process's microbatches.
-    fn backward_all<E: From<Error>>(
-        &mut self,
-        share: Range<usize>,
-        mut loss: impl FnMut(usize) -> Result<Tensor, E>,
-        sums: &mut [Option<Tensor>],
-    ) -> Result<Vec<Tensor>, E> {
-        let mut losses = Vec::with_capacity(share.len());
-        let mut seeds = RngStreams::new(self.config.seed).stream("update/losses", self.step);
-        // One forward, one backward, by turns; a stage of a pipeline is some forwards ahead, so that the
-        // later ones have what to do (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
-        let ahead = self.stage().map_or(0, PipelineStage::ahead);
-        let mut waiting = VecDeque::with_capacity(ahead + 1);
-        let end = share.end;
-        for microbatch in 0..end {
-            let seed = seeds.next_u64() as i64;
-            if microbatch < share.start {
-                continue;
-            }
-            tch::manual_seed(seed);
-            waiting.push_back((microbatch, loss(microbatch)?));
-            if waiting.len() > ahead
-                && let Some((earlier, loss)) = waiting.pop_front()
-            {
-                losses.push(self.backward_next(earlier, &loss, earlier + 1 == end, sums)?);
-            }
-        }
-        for (microbatch, loss) in waiting {
-            losses.push(self.backward_next(microbatch, &loss, microbatch + 1 == end, sums)?);
-        }
-        Ok(losses)
-    }
-
-    fn backward_next(
-        &mut self,
-        microbatch: usize,
-        loss: &Tensor,
-        last: bool,
-        sums: &mut [Option<Tensor>],
-    ) -> Result<Tensor> {
-        if let (true, Some(reduction)) = (last, &mut self.reduction) {
-            reduction.arm()?;
-        }
-        let loss = self.backward_one(microbatch, loss)?;
-        self.drain_half_grads(sums)?;
-        Ok(loss)
-    }
-
-    /// The stage of a pipeline that this rank has.
-    fn stage(&self) -> Option<&PipelineStage> {
-        self.shards.as_ref().and_then(ParameterShards::stage)
-    }
-
-    /// The losses of the last stage, in all.
-    fn share_losses(&self, losses: Vec<Tensor>) -> Result<Vec<Tensor>> {
-        match self.stage() {
-            Some(stage) if !losses.is_empty() => shards::share_losses(stage, &losses),
-            _ => Ok(losses),
-        }
-    }
-
-    /// Sums over all processes. What fails here before all have been heard is kept back until then,
-    /// so that none waits for another.
-    fn reduce<E: From<Error> + Display>(
-        &mut self,
-        losses: Result<Vec<Tensor>, E>,
-        sums: Vec<Option<Tensor>>,
-        go_on: impl FnOnce() -> Result<(), E>,
-    ) -> Result<Gradients, E> {
-        let Some(reduction) = &mut self.reduction else {
-            let losses = Losses::OnDevice(losses?);
-            let grads = sums;
-            return Ok(Gradients { losses, grads });
-        };
-        let mut present = Vec::with_capacity(self.params.len());
-        for ((_, param), sum) in self.params.iter().zip(&sums) {
-            present.push(sum.is_some() || grad_of(param)?.is_some());
-        }
-        let completed = reduction.complete();
-        let own = losses.and_then(|losses| {
-            completed?;
-            let losses = match losses.is_empty() {
-                true => Vec::new(),
-                false => Vec::<f32>::try_from(Tensor::f_stack(&losses, 0).map_err(Error::from)?)
-                    .map_err(Error::from)?,
-            };
-            Ok(message(&losses, &present))
-        });
-        let parameters = self.params.len();
-        let mut losses = Vec::new();
-        present = vec![false; parameters];
-        let handed_in = match &own {
-            Ok(bytes) => Ok(bytes.clone()),
-            Err(error) => Err(Error::LossFailed(error.to_string())),
-        };
-        let heard = self.replicas.exchange::<Error>(handed_in);
-        own?;
-        for bytes in heard? {
-            let (flags, numbers) = bytes.split_at(parameters.min(bytes.len()));
-            for (present, flag) in present.iter_mut().zip(flags) {
-                *present |= *flag == 1;
-            }
-            let number = |b: &[u8]| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-            losses.extend(numbers.chunks_exact(4).map(number));
-        }
-        go_on()?;
-        let grads = self.collect_grads(sums)?;
-        // NoGradients must be everybody's, whoever has which pieces.
-        if !present.contains(&true) {
-            return Err(Error::NoGradients { parameters }.into());
-        }
-        let grads = match &self.reduction {
-            Some(reduction) => reduction.sum(grads, &present)?,
-            None => grads,
-        };
-        let losses = Losses::Known(losses);
-        Ok(Gradients { losses, grads })
-    }
-
-    /// Checks and backpropagates one loss; returns it detached, as f32, still on its device.
-    fn backward_one(&self, microbatch: usize, loss: &Tensor) -> Result<Tensor> {
-        if loss.numel() != 1 {
-            return Err(Error::LossShape {
-                microbatch,
-                shape: loss.size(),
-            });
-        }
-        if !loss.requires_grad() {
-            return Err(Error::LossWithoutGraph { microbatch });
-        }
-        match &self.scaler {
-            Some(scaler) => scaler.backward(loss),
-            None => loss.f_backward().map_err(Error::from),
-        }
-        .map_err(|error| match &self.reduction {
-            Some(reduction) => reduction.explain(error),
-            None => error,
-        })?;
-        Ok(loss.f_detach()?.f_to_kind(Kind::Float)?.f_reshape([])?)
-    }
-
-    /// Moves the gradients of 16-bit parameters into f32 sums, where small ones are not lost. Each is
-    /// freed as soon as it is added, so that there is never a whole set of both.
-    fn drain_half_grads(&self, sums: &mut [Option<Tensor>]) -> Result<()> {
-        for ((_, param), sum) in self.params.iter().zip(sums) {
-            if !is_half(param) {
-                continue;
-            }
-            let Some(grad) = grad_of(param)? else {
-                continue;
-            };
-            ffi::clear_grads(&[param])?;
-            let grad = grad.f_to_kind(Kind::Float)?;
-            match sum {
-                Some(sum) => {
-                    let _ = sum.f_add_(&grad)?;
-                }
-                None => *sum = Some(grad),
-            }
-        }
-        Ok(())
-    }
-
-    /// One gradient for each parameter that has one: the f32 sum of a 16-bit parameter, the
-    /// gradient itself of another; with the other stage's, where a stage has the weight too.
-    fn collect_grads(&self, sums: Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>> {
-        let grads = self.params.iter().zip(sums);
-        let mut grads = grads
-            .map(|((_, param), sum)| match sum {
-                Some(sum) => Ok(Some(sum)),
-                None => grad_of(param),
-            })
-            .collect::<Result<Vec<_>>>()?;
-        if let Some(stage) = self.stage() {
-            shards::sum_tied(stage, &self.params, &mut grads)?;
-        }
-        Ok(grads)
-    }
-
     fn apply(&mut self, gradients: Gradients) -> Result<UpdateStats> {
         let Gradients { losses, grads } = gradients;
         let present: Vec<&Tensor> = grads.iter().flatten().collect();
@@ -501,15 +319,14 @@ impl Updater {
         if !grad_norm.is_finite() {
             return self.skip(&grads, loss);
         }
-        if let Some(max_norm) = self.config.max_grad_norm {
-            gradients::scale_to_norm(&present, grad_norm, max_norm)?;
-        }
+        let clip = self.config.max_grad_norm;
+        let clip = clip.map_or(1.0, |most| gradients::clip_factor(grad_norm, most));
         let mut stats = self.stats(loss, grad_norm);
         // What averaging allocates comes before the weights move.
         let averaged = self.ema.as_ref().map(Ema::ready).transpose()?;
         if !present.is_empty() {
-            self.optimizer
-                .step_with(&grads, self.config.schedule.factor(self.step))?;
+            let lr_factor = self.config.schedule.factor(self.step);
+            self.optimizer.step_with(&grads, clip, lr_factor)?;
         }
         if let Some(reduction) = &self.reduction {
             reduction.share_weights()?;
@@ -605,13 +422,6 @@ impl Updater {
         let params: Vec<&Tensor> = self.params.iter().map(|(_, param)| param).collect();
         ffi::clear_grads(&params)
     }
-}
-
-/// What a process tells the others: which parameters have a gradient here, and its losses.
-fn message(losses: &[f32], present: &[bool]) -> Vec<u8> {
-    let flags = present.iter().map(|present| u8::from(*present));
-    let losses = losses.iter().flat_map(|loss| loss.to_le_bytes());
-    flags.chain(losses).collect()
 }
 
 /// Brings losses and norm to the host in one transfer.

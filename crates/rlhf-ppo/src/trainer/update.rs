@@ -6,7 +6,8 @@ use std::fmt;
 use rlhf_core::{Policy, Replicas, RngStreams, SequenceBatch, Stats};
 use tch::{Kind, Tensor};
 
-use crate::minibatch::{Counts, Learners, Parts};
+use crate::learners::Learners;
+use crate::minibatch::{Counts, Parts};
 use crate::order::{parts, parts_by_weight, shuffled};
 use crate::pretraining::ptx_loss;
 use crate::rollout::Microbatch;
