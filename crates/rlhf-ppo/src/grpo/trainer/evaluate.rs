@@ -39,7 +39,7 @@ impl<P: Policy> GrpoTrainer<P> {
     /// `generation.samples_per_prompt` neighbouring answers to each prompt.
     ///
     /// # Errors
-    /// [`Error::BrokenGroup`] where neighbours answer different prompts; a score or log-probability
+    /// [`Error::BrokenGroup`](crate::Error::BrokenGroup) where neighbours answer different prompts; a score or log-probability
     /// that is not finite, naming the answer; a model that returns the wrong shape; and the
     /// models' own. Nothing is changed then.
     pub fn evaluate(&self, completions: Completions) -> Result<GroupRollout> {
