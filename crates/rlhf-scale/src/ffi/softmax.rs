@@ -1,7 +1,7 @@
 //! Softmax over blocks of a vocabulary, each block in one call.
 //!
 //! Both functions return `false`, and have done nothing, where they do not apply: on another device
-//! than a processor with AVX-512, for another kind than f32 and bf16, for tensors that are not
+//! than a processor with AVX2, for another kind than f32 and bf16, for tensors that are not
 //! contiguous. The caller does it with libtorch then.
 
 use std::ptr::null_mut;
