@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use rlhf_core::Error as CoreError;
 use rlhf_scale::{
     BlockMemory, CheckpointPolicy, GenerationMemory, GradientCheckpointing, HeadMemory,
-    LogprobsMemory, MemoryPlan, Precision, StepMemory,
+    LogprobsMemory, MemoryPlan, Precision, StepMemory, kernels,
 };
 use tch::Device;
 
@@ -77,7 +77,7 @@ impl ModelConfig {
     pub fn memory_plan(&self, batch: &BatchShape, options: &MemoryOptions) -> Result<MemoryPlan> {
         options.gradient_checkpointing.validate()?;
         let microbatches = check(self, batch, options)?;
-        let kernels = kernels(microbatches.clone(), options);
+        let kernels = compiled_kernels(microbatches.clone(), options);
         let plans = microbatches.enumerate().map(|(i, microbatch)| {
             let step = StepMemory {
                 kernels,
@@ -261,7 +261,10 @@ fn counts(microbatch: &[(usize, usize)], head: MemoryHead) -> (u64, u64) {
 }
 
 /// Bytes of the kernels that oneDNN compiles, one for every shape of product, and keeps.
-fn kernels(microbatches: std::slice::Chunks<'_, (usize, usize)>, options: &MemoryOptions) -> u64 {
+fn compiled_kernels(
+    microbatches: std::slice::Chunks<'_, (usize, usize)>,
+    options: &MemoryOptions,
+) -> u64 {
     /// A kernel of bf16 on a processor with AVX-512, the average of GPT-2's and Llama's.
     const BYTES: u64 = 4 * (1 << 20) / 5;
     // Forward and both gradients. A frozen matrix has one gradient less, and an adapter six products
@@ -270,7 +273,9 @@ fn kernels(microbatches: std::slice::Chunks<'_, (usize, usize)>, options: &Memor
     // Two matrices of attention and two of the feed-forward layer; the last block does all but one,
     // that of queries, keys and values, with the head's tokens.
     let (of_block, of_last_block) = (4 * of_matrix, 3 * of_matrix);
-    if options.precision == Precision::F32 || options.device != Device::Cpu {
+    let on_cpu = options.device == Device::Cpu;
+    let own_products = on_cpu && kernels::multiplies(options.precision.kind());
+    if options.precision == Precision::F32 || !on_cpu || own_products {
         return 0;
     }
     let of_head = match options.head {

@@ -31,22 +31,19 @@ using rlhf::guarded;
 namespace rlhf::avx512 {
 
 template <int M, int R>
-RLHF_AVX512_BF16 INLINE void tile_bf16(const Product<uint16_t, uint16_t>& p, int64_t row, int64_t column, bool fetch) {
-  constexpr int64_t kAhead = 16 << 10;  // bytes that weights are fetched ahead
+RLHF_AVX512_BF16 INLINE void tile_bf16(const Product<uint16_t, uint16_t>& p, int64_t row, int64_t column, Pass pass) {
   __m512 acc[M][R];
   UNROLL for (int m = 0; m < M; m++) {
     UNROLL for (int r = 0; r < R; r++) acc[m][r] = _mm512_setzero_ps();
   }
   const uint16_t* x = p.x + row * p.k;
   const uint16_t* w = p.weight + column * p.k;
-  int64_t k = 0;
+  int64_t k = 0, bytes = R * p.k * sizeof(uint16_t);
+  Ahead ahead(w, kAhead, bytes, R * 32 * sizeof(uint16_t), pass);
   for (; k + 32 <= p.k; k += 32) {
+    ahead.fetch();
     __m512bh weights[R];
-    UNROLL for (int r = 0; r < R; r++) {
-      weights[r] = (__m512bh)_mm512_loadu_si512(w + r * p.k + k);
-      // Half the bytes are through in half the time, so that the next tile would be too near.
-      if (fetch) _mm_prefetch(reinterpret_cast<const char*>(w) + kAhead + (2 * k * R + 64 * r), _MM_HINT_T1);
-    }
+    UNROLL for (int r = 0; r < R; r++) weights[r] = (__m512bh)_mm512_loadu_si512(w + r * p.k + k);
     UNROLL for (int m = 0; m < M; m++) {
       auto xs = (__m512bh)_mm512_loadu_si512(x + m * p.k + k);
       UNROLL for (int r = 0; r < R; r++) acc[m][r] = _mm512_dpbf16_ps(acc[m][r], xs, weights[r]);

@@ -28,11 +28,19 @@ WIDE INLINE void store_first(float* p, Part x, int64_t count, bool free) {
     memcpy(p, all, count * sizeof(*p));
   }
 }
-// Of twice as many bf16 those at even places, and those at odd ones.
-WIDE INLINE void load_pairs(const uint16_t* p, Part& even, Part& odd) {
+// Of twice as many bf16 those at even places, or those at odd ones.
+WIDE INLINE Part load_even(const uint16_t* p) {
   __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-  odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+}
+WIDE INLINE Part load_odd(const uint16_t* p) {
+  __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+}
+// Kept in a register: short of those GCC would load it, or compute it, at each use.
+WIDE INLINE Part held(Part x) {
+  asm("" : "+x"(x));
+  return x;
 }
 WIDE INLINE Part all_part(float x) { return _mm256_set1_ps(x); }
 WIDE INLINE Part add(Part x, Part y) { return _mm256_add_ps(x, y); }

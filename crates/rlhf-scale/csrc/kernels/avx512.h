@@ -22,12 +22,16 @@ WIDE INLINE void store_part(float* p, Part x) { _mm512_storeu_ps(p, x); }
 WIDE INLINE void store_first(float* p, Part x, int64_t count, bool free) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << std::min<int64_t>(count, 16)) - 1), x);
 }
-// Of twice as many bf16 those at even places, and those at odd ones.
-WIDE INLINE void load_pairs(const uint16_t* p, Part& even, Part& odd) {
-  __m512i both = _mm512_loadu_si512(p);
-  even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-  odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+// Of twice as many bf16 those at even places, or those at odd ones.
+WIDE INLINE Part load_even(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
 }
+WIDE INLINE Part load_odd(const uint16_t* p) {
+  __m512i odd = _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+  return _mm512_castsi512_ps(odd);
+}
+// Kept in a register, of which there are enough.
+WIDE INLINE Part held(Part x) { return x; }
 WIDE INLINE Part all_part(float x) { return _mm512_set1_ps(x); }
 
 using Lanes = __m512;

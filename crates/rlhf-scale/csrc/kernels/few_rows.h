@@ -1,8 +1,12 @@
 // Products of few rows with large matrices: a tile of sums for some rows and kTile of the weight's, side by side.
-// For bf16 weights the rows come in f32, their elements in the order in which `load_pairs` brings those of the weights.
+// For bf16 weights the rows come in f32, their elements of every 2 `kPart` first those at even places, then those at odd ones.
 
 constexpr int kTile = 3;                               // weight rows that are multiplied side by side
 constexpr int kTileRows = kRegisters == 32 ? 8 : 4;  // rows that are
+
+// Bytes from weights in bf16 to those that are fetched meanwhile: half the bytes are through in half the time, so that the next
+// tile would be too near.
+constexpr int64_t kAhead = 16 << 10;
 
 // X is what the rows consist of, T the weights.
 template <class X, class T>
@@ -39,25 +43,42 @@ WIDE INLINE void finish(const Product<X, T>& p, Part (&acc)[M][R], int64_t row, 
   }
 }
 
+// One of the passes over the rows of x with the same rows of the weight.
+struct Pass {
+  int number, count;
+};
+
+// Fetches the weights of later tiles while one computes: as many bytes as a tile has, each pass its share, so that memory is
+// never waited for by one pass and idle in the next. Past the end it is a hint for nothing.
+struct Ahead {
+  const char* next;
+  int64_t step;
+  // `distance` from the tile's weights, `bytes` of them, of which a step of the tile takes `step`.
+  Ahead(const void* weights, int64_t distance, int64_t bytes, int64_t step, Pass pass)
+      : next(static_cast<const char*>(weights) + distance + bytes * pass.number / pass.count), step(step / pass.count) {}
+  INLINE void fetch() {
+    _mm_prefetch(next, _MM_HINT_T1);
+    if (step > 64) _mm_prefetch(next + 64, _MM_HINT_T1);
+    if (step > 128) _mm_prefetch(next + 128, _MM_HINT_T1);
+    next += step;
+  }
+};
+
 template <int M, int R>
-WIDE INLINE void tile(const Product<float, float>& p, int64_t row, int64_t column, bool fetch) {
+WIDE INLINE void tile(const Product<float, float>& p, int64_t row, int64_t column, Pass pass) {
   Part acc[M][R];
   UNROLL for (int m = 0; m < M; m++) {
     UNROLL for (int r = 0; r < R; r++) acc[m][r] = all_part(0.0f);
   }
   const float* x = p.x + row * p.k;
   const float* w = p.weight + column * p.k;
-  int64_t k = 0;
+  int64_t k = 0, bytes = R * p.k * sizeof(float);
+  Ahead ahead(w, bytes, bytes, R * 16 * sizeof(float), pass);
   for (; k + 16 <= p.k; k += 16) {
-    // What the next tile needs, while this one computes. Past the end it is a hint for nothing.
-    if (fetch) {
-      UNROLL for (int r = 0; r < R; r++) {
-        _mm_prefetch(reinterpret_cast<const char*>(w + (r + R) * p.k + k), _MM_HINT_T1);
-      }
-    }
+    ahead.fetch();
     UNROLL for (int part = 0; part < 16; part += kPart) {
       Part weights[R];
-      UNROLL for (int r = 0; r < R; r++) weights[r] = load_part(w + r * p.k + k + part);
+      UNROLL for (int r = 0; r < R; r++) weights[r] = held(load_part(w + r * p.k + k + part));
       UNROLL for (int m = 0; m < M; m++) {
         Part xs = load_part(x + m * p.k + k + part);
         UNROLL for (int r = 0; r < R; r++) acc[m][r] = fma(xs, weights[r], acc[m][r]);
@@ -69,43 +90,45 @@ WIDE INLINE void tile(const Product<float, float>& p, int64_t row, int64_t colum
 
 // Of bf16 weights, in f32.
 template <int M, int R>
-WIDE INLINE void tile(const Product<float, uint16_t>& p, int64_t row, int64_t column, bool fetch) {
-  constexpr int64_t kBlock = 2 * kPart, kAhead = 16 << 10;  // elements; bytes
+WIDE INLINE void tile(const Product<float, uint16_t>& p, int64_t row, int64_t column, Pass pass) {
+  constexpr int64_t kBlock = 2 * kPart;
   Part acc[M][R];
   UNROLL for (int m = 0; m < M; m++) {
     UNROLL for (int r = 0; r < R; r++) acc[m][r] = all_part(0.0f);
   }
   const float* x = p.x + row * p.k;
   const uint16_t* w = p.weight + column * p.k;
-  int64_t k = 0;
+  int64_t k = 0, bytes = R * p.k * sizeof(uint16_t);
+  Ahead ahead(w, kAhead, bytes, R * kBlock * sizeof(uint16_t), pass);
   for (; k + kBlock <= p.k; k += kBlock) {
-    Part even[R], odd[R];
-    UNROLL for (int r = 0; r < R; r++) {
-      load_pairs(w + r * p.k + k, even[r], odd[r]);
-      // Half the bytes are through in half the time, so that the next tile would be too near.
-      if (fetch) _mm_prefetch(reinterpret_cast<const char*>(w) + kAhead + 2 * (k * R + kBlock * r), _MM_HINT_T1);
-    }
+    ahead.fetch();
+    Part weights[R];
+    UNROLL for (int r = 0; r < R; r++) weights[r] = held(load_even(w + r * p.k + k));
     UNROLL for (int m = 0; m < M; m++) {
       Part xs = load_part(x + m * p.k + k);
-      UNROLL for (int r = 0; r < R; r++) acc[m][r] = fma(xs, even[r], acc[m][r]);
+      UNROLL for (int r = 0; r < R; r++) acc[m][r] = fma(xs, weights[r], acc[m][r]);
     }
+    UNROLL for (int r = 0; r < R; r++) weights[r] = held(load_odd(w + r * p.k + k));
     UNROLL for (int m = 0; m < M; m++) {
       Part xs = load_part(x + m * p.k + k + kPart);
-      UNROLL for (int r = 0; r < R; r++) acc[m][r] = fma(xs, odd[r], acc[m][r]);
+      UNROLL for (int r = 0; r < R; r++) acc[m][r] = fma(xs, weights[r], acc[m][r]);
     }
   }
   finish<M, R>(p, acc, row, column, k);
 }
 
-// Rows in f32, in the order of `load_pairs`.
-inline void arrange(const uint16_t* from, float* to, int64_t rows, int64_t k) {
+// Tiles that so many rows of x take: as large ones as there are, then of 4, of 2 and of 1.
+inline int passes(int64_t rows) {
+  return static_cast<int>(rows / kTileRows) + __builtin_popcountll(rows % kTileRows);
+}
+
+// Rows in f32, in that order.
+WIDE inline void arrange(const uint16_t* from, float* to, int64_t rows, int64_t k) {
   for (int64_t row = 0; row < rows; row++, from += k, to += k) {
     int64_t i = 0;
     for (; i + 2 * kPart <= k; i += 2 * kPart) {
-      for (int64_t j = 0; j < kPart; j++) {
-        to[i + j] = widen(from[i + 2 * j]);
-        to[i + kPart + j] = widen(from[i + 2 * j + 1]);
-      }
+      store_part(to + i, load_even(from + i));
+      store_part(to + i + kPart, load_odd(from + i));
     }
     for (; i < k; i++) to[i] = widen(from[i]);
   }
@@ -115,12 +138,14 @@ inline void arrange(const uint16_t* from, float* to, int64_t rows, int64_t k) {
 #define RLHF_COLUMNS(NAME, TARGET, X, T, TILE)                                                        \
   template <int R>                                                                                    \
   TARGET void NAME##_rows(const Product<X, T>& p, int64_t rows, int64_t column) {                     \
+    Pass pass{0, passes(rows)};                                                                       \
     int64_t row = 0;                                                                                  \
-    for (; row + kTileRows <= rows; row += kTileRows) TILE<kTileRows, R>(p, row, column, row == 0);   \
-    bool fetch = row == 0;                                                                            \
-    if (rows - row >= 4) { TILE<4, R>(p, row, column, fetch); row += 4; fetch = false; }              \
-    if (rows - row >= 2) { TILE<2, R>(p, row, column, fetch); row += 2; fetch = false; }              \
-    if (rows - row >= 1) TILE<1, R>(p, row, column, fetch);                                           \
+    for (; row + kTileRows <= rows; row += kTileRows, pass.number++) {                                \
+      TILE<kTileRows, R>(p, row, column, pass);                                                       \
+    }                                                                                                 \
+    if (rows - row >= 4) { TILE<4, R>(p, row, column, pass); row += 4; pass.number++; }               \
+    if (rows - row >= 2) { TILE<2, R>(p, row, column, pass); row += 2; pass.number++; }               \
+    if (rows - row >= 1) TILE<1, R>(p, row, column, pass);                                            \
   }                                                                                                   \
   inline void NAME(const Product<X, T>& p, int64_t rows, int64_t begin, int64_t end) {                \
     int64_t column = begin;                                                                           \
@@ -155,7 +180,8 @@ void columns_of(const Product<X, T>& p, int64_t rows, int64_t begin, int64_t end
 
 inline void products(const Products<float>& all) { run(all, all.x, columns_of<float, float>); }
 inline void products(const Products<uint16_t>& all) {
-  std::vector<float> x(all.rows * all.k);
-  arrange(all.x, x.data(), all.rows, all.k);
-  run(all, x.data(), columns_of<float, uint16_t>);
+  // Of libtorch, whose memory begins with a line of the cache.
+  auto x = at::empty({all.rows, all.k}, at::kFloat);
+  arrange(all.x, x.data_ptr<float>(), all.rows, all.k);
+  run(all, x.data_ptr<float>(), columns_of<float, uint16_t>);
 }
