@@ -13,7 +13,7 @@ use rlhf::core::{
     CheckpointConfig, CheckpointStore, EpochConfig, Event, JsonlObserver, Observer, Parameters,
     Preference, Replicas, Sequence, Stats, Tensor,
 };
-use rlhf::dpo::{DpoConfig, DpoTrainer};
+use rlhf::dpo::{DpoConfig, DpoTrainer, OnlineDpoConfig, OnlineDpoTrainer};
 use rlhf::models::{
     CausalLm, CheckpointPolicy, LoadOptions, LoraConfig, SequenceClassifier, ValueHeadModel,
 };
@@ -78,13 +78,16 @@ fn model(name: &str, checkpointing: CheckpointPolicy) -> CausalLm {
     CausalLm::from_pretrained(model_dir(name), &options).unwrap()
 }
 
-fn with_adapter(mut model: CausalLm) -> CausalLm {
-    let config = LoraConfig {
+fn adapter() -> LoraConfig {
+    LoraConfig {
         rank: 4,
         alpha: 16.0,
         ..LoraConfig::default()
-    };
-    model.add_adapter(&config, 9).unwrap();
+    }
+}
+
+fn with_adapter(mut model: CausalLm) -> CausalLm {
+    model.add_adapter(&adapter(), 9).unwrap();
     model
 }
 
@@ -185,12 +188,23 @@ fn prompts() -> Vec<Arc<[i64]>> {
     (0..6).map(prompt).collect()
 }
 
-fn ppo() -> Run {
+fn ppo(lora: bool) -> Run {
     let options = LoadOptions::default();
     let policy = model("gpt2", CheckpointPolicy::EveryBlock);
-    let reference = policy.try_clone().unwrap();
     let reward = SequenceClassifier::from_pretrained(model_dir("gpt2_rm"), &options).unwrap();
-    let values = ValueHeadModel::from_pretrained(model_dir("gpt2_rm"), &options).unwrap();
+    let (policy, reference, values) = match lora {
+        true => {
+            let policy = with_adapter(policy);
+            let reference = policy.reference().unwrap();
+            let values = ValueHeadModel::on_base_of(&policy, &adapter(), 4).unwrap();
+            (policy, reference, values)
+        }
+        false => {
+            let reference = policy.try_clone().unwrap();
+            let values = ValueHeadModel::from_pretrained(model_dir("gpt2_rm"), &options).unwrap();
+            (policy, reference, values)
+        }
+    };
     let mut config = PpoConfig {
         seed: 3,
         batch_size: 5,
@@ -235,6 +249,29 @@ fn grpo() -> Run {
     Run { stats, weights }
 }
 
+fn online_dpo() -> Run {
+    let model = with_adapter(model("llama", CheckpointPolicy::None));
+    let reference: Box<dyn rlhf::core::Policy> = Box::new(model.reference().unwrap());
+    let reward = rlhf::core::reward_fn(|_: &str, answer: &str| answer.len() as f64 % 3.0);
+    let mut config = OnlineDpoConfig::default();
+    config.generation.samples_per_prompt = 3;
+    config.generation.max_new_tokens = 6;
+    learn(&mut config.dpo.update, 1e-3);
+    let text: Box<dyn rlhf::core::Detokenize> = Box::new(|ids: &[i64]| Ok(format!("{ids:?}")));
+    let trainer = OnlineDpoTrainer::new(model, reference, reward, Some(text), config);
+    let mut trainer = trainer.unwrap();
+    let mut stats = Vec::new();
+    let epochs = EpochConfig {
+        batch_size: 5,
+        ..epochs()
+    };
+    trainer
+        .train(&prompts(), &epochs, &mut noting(&mut stats))
+        .unwrap();
+    let weights = trainer.into_model().named_parameters();
+    Run { stats, weights }
+}
+
 /// Largest difference, relative to the largest number of each tensor.
 #[track_caller]
 fn assert_same(what: &str, shared: &Run, alone: &Run, first: bool) {
@@ -271,7 +308,7 @@ fn assert_same(what: &str, shared: &Run, alone: &Run, first: bool) {
 
 type Case = (&'static str, fn() -> Run);
 
-const CASES: [Case; 9] = [
+const CASES: [Case; 11] = [
     ("sft", || sft(CheckpointPolicy::None, false)),
     ("sft checkpointed", || {
         sft(CheckpointPolicy::EveryBlock, false)
@@ -283,8 +320,10 @@ const CASES: [Case; 9] = [
     ("dpo, a loss of whole batches", || {
         dpo(Some("bco_pair"), false)
     }),
-    ("ppo", ppo),
+    ("ppo", || ppo(false)),
+    ("ppo lora checkpointed", || ppo(true)),
     ("grpo", grpo),
+    ("online dpo", online_dpo),
 ];
 
 fn trainers_are_one(processes: usize, name: &str) {

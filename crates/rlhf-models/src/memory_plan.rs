@@ -9,7 +9,8 @@ use rlhf_scale::{
 };
 use tch::Device;
 
-use crate::block_shape::{ModelShape, Tokens};
+use crate::block_memory::Tokens;
+use crate::model_shape::ModelShape;
 use crate::{CausalLm, Error, ModelConfig, Result};
 
 mod options;
