@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use rlhf::core::tch::{Device, Kind, Tensor, no_grad};
 use rlhf::core::{PackedBatch, Parameters, SequenceBatch};
+use rlhf::scale::kernels;
 use serde::{Deserialize, Serialize};
 
 /// The arithmetic of a step in matrix products.
@@ -111,22 +112,34 @@ fn attended(packed: &PackedBatch) -> f64 {
     segments.sum::<i64>() as f64
 }
 
-/// Flops a second of the forward product of the model's widest layer: the best of a third of a
-/// second.
+/// Flops a second of the forward product of the model's widest layer, by libtorch or by the kernels here,
+/// whichever is quicker: the best of a third of a second each.
 pub(crate) fn gemm_rate(cost: Cost, kind: Kind) -> f64 {
     let [rows, inputs, outputs] = cost.shape;
     let x = Tensor::randn([rows, inputs], (Kind::Float, Device::Cpu)).to_kind(kind);
     let weight = Tensor::randn([outputs, inputs], (Kind::Float, Device::Cpu)).to_kind(kind);
-    let begin = Instant::now();
-    let mut best = f64::INFINITY;
-    no_grad(|| {
+    let fastest = |multiply: &dyn Fn()| {
+        let begin = Instant::now();
+        let mut best = f64::INFINITY;
         while begin.elapsed() < Duration::from_millis(330) {
             let start = Instant::now();
-            let _ = x.linear(&weight, None::<&Tensor>);
+            multiply();
             best = best.min(start.elapsed().as_secs_f64());
         }
+        best
+    };
+    let seconds = no_grad(|| {
+        let libtorch = fastest(&|| {
+            let _ = x.linear(&weight, None::<&Tensor>);
+        });
+        match kernels::multiplies(kind) {
+            true => libtorch.min(fastest(&|| {
+                let _ = kernels::linear(&x, &weight, None);
+            })),
+            false => libtorch,
+        }
     });
-    2.0 * (rows * inputs * outputs) as f64 / best
+    2.0 * (rows * inputs * outputs) as f64 / seconds
 }
 
 /// Bytes a second of reading 256 MiB: the best of a fifth of a second.

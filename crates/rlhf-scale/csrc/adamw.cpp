@@ -65,8 +65,12 @@ __attribute__((target("avx512f,prefer-vector-width=512"))) void step_16(const St
 using Step = void (*)(const Stretch&);
 
 Step best_step() {
-  if (__builtin_cpu_supports("avx512f")) return step_16;
-  return __builtin_cpu_supports("avx2") ? step_8 : step_plain;
+  switch (rlhf::processor()) {
+    case rlhf::Processor::avx512: return step_16;
+    case rlhf::Processor::avx2: return step_8;
+    case rlhf::Processor::plain: break;
+  }
+  return step_plain;
 }
 
 constexpr int64_t kAtOnce = 16 << 10;  // elements, a share of work

@@ -107,10 +107,11 @@ class Left {
   Left(Matrix<T> a, int64_t m, int64_t k)
       : m_(m), terms_(k), panels_(parts(m, kHigh)), memory_(at::empty({panels_ * kHigh * k}, at::kFloat)) {
     float* to = memory_.data_ptr<float>();
+    packed_ = to;  // asked for once: libtorch checks each time
     split(terms_.blocks * panels_, std::max<int64_t>(1, 16384 / (kHigh * std::max<int64_t>(1, terms_.most()))),
           [&](int64_t begin, int64_t end) { fill(a, begin, end, to); });
   }
-  const float* panel(int64_t block, int64_t panel) const { return memory_.data_ptr<float>() + place(block, panel); }
+  const float* panel(int64_t block, int64_t panel) const { return packed_ + place(block, panel); }
   int64_t rows() const { return m_; }
   int64_t panels() const { return panels_; }
   const Terms& terms() const { return terms_; }
@@ -131,6 +132,7 @@ class Left {
   Terms terms_;
   int64_t panels_;
   at::Tensor memory_;
+  const float* packed_;
 };
 
 // Some columns of a factor [k, n], packed: [panels][terms][kBroad].
@@ -170,11 +172,12 @@ void multiply_packed(const Left& a, Matrix<T> b, int64_t n, const Output<C>& to)
   int64_t deep = std::max<int64_t>(1, a.terms().most());
   int64_t threads = std::clamp<int64_t>(panels * a.panels() * deep * kHigh * kBroad >> 19, 1, most);
   // Pieces of columns that a thread keeps near, and of rows: several for each thread, which takes the next when it is done
-  // with one, so that none waits long for another that was held up.
+  // with one, and the last ones small, so that none waits long for another.
   int64_t side = std::clamp<int64_t>(near_floats() / (kBroad * deep), 1, parts(panels, threads));
-  int64_t across = parts(panels, side);
-  int64_t down =
-      std::clamp<int64_t>(parts(threads == 1 ? 1 : 4 * threads, across), 1, parts(a.panels(), parts(kChunk, kHigh)));
+  int64_t across = parts(panels, side), most_down = parts(a.panels(), parts(kChunk, kHigh));
+  int64_t down = std::clamp<int64_t>(parts(threads == 1 ? 1 : 4 * threads, across), 1, most_down);
+  int64_t last_down = threads == 1 ? down : std::min(2 * down, most_down);
+  int64_t large = std::max<int64_t>(0, across - threads) * down, pieces = large + (across - large / down) * last_down;
   auto memory = at::empty({threads * side * kBroad * deep}, at::kFloat);
   float* buffers = memory.data_ptr<float>();
   for (int64_t block = 0; block < a.terms().blocks; block++) {
@@ -184,11 +187,13 @@ void multiply_packed(const Left& a, Matrix<T> b, int64_t n, const Output<C>& to)
     split(threads, 1, [&](int64_t begin, int64_t end) {
       float* near = buffers + begin * side * kBroad * deep;
       int64_t packed = -1;
-      for (int64_t i = next++; i < across * down; i = next++) {
-        int64_t x = i / down, y = i % down, left = x * side, past = std::min(panels, left + side);
+      for (int64_t i = next++; i < pieces; i = next++) {
+        int64_t rows = i < large ? down : last_down, from = i < large ? 0 : large;
+        int64_t x = from / down + (i - from) / rows, y = (i - from) % rows;
+        int64_t left = x * side, past = std::min(panels, left + side);
         if (x != packed) right.pack_into(near, left, past);
         packed = x;
-        tiles(a, block, right, to, near, left, past, a.panels() * y / down, a.panels() * (y + 1) / down);
+        tiles(a, block, right, to, near, left, past, a.panels() * y / rows, a.panels() * (y + 1) / rows);
       }
     });
   }
