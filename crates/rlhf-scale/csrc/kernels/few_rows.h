@@ -122,7 +122,7 @@ inline int passes(int64_t rows) {
   return static_cast<int>(rows / kTileRows) + __builtin_popcountll(rows % kTileRows);
 }
 
-// Rows in f32, in that order.
+// Rows in f32, in the order in which the kernel of bf16 weights reads them.
 WIDE inline void arrange(const uint16_t* from, float* to, int64_t rows, int64_t k) {
   for (int64_t row = 0; row < rows; row++, from += k, to += k) {
     int64_t i = 0;
