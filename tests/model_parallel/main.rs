@@ -151,7 +151,7 @@ fn two_parts_of_layers() {
 
 #[test]
 fn four_parts_of_layers() {
-    trained_on("four_parts_of_layers", [1, 1, 4], ["llama", "qwen3"]);
+    trained_on("four_parts_of_layers", [1, 1, 4], ["qwen3", "llama"]);
 }
 
 #[test]
