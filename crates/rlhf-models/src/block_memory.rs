@@ -262,13 +262,13 @@ impl ModelShape {
     }
 
     /// Buffers that products of `rows` rows of so many elements copy their factors to, in f32: of the left one at most
-    /// 2,100 rows at a time, of the right one half of the cache of every thread.
+    /// 1,050 rows and 832 elements at a time, of the right one half of the cache of every thread.
     fn packing(&self, precision: Precision, rows: u64, width: u64) -> u64 {
         if !(self.on_cpu && kernels::multiplies(precision.kind())) {
             return 0;
         }
         let threads = u64::try_from(tch::get_num_threads()).unwrap_or(1);
-        let left = rows.min(2100).next_multiple_of(14) * width;
+        let left = rows.min(1050).next_multiple_of(14) * width.min(832);
         let right = threads * (112 << 10).min(self.hidden * self.intermediate);
         4 * (left + right)
     }

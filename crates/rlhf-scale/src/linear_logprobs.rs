@@ -16,7 +16,7 @@ mod scores;
 mod token_loss;
 
 pub(crate) use blocks::Blocks;
-use blocks::{Buffers, Cache};
+use blocks::{Buffers, Cache, Room};
 use gradients::{Gradients, ScoreGrads};
 use layer::{Operands, OutputLayer};
 use scores::Scores;
@@ -58,10 +58,11 @@ pub struct LinearLogprobs {
 /// Beside what it returns it has no memory for the `[M, V]` logits, nor for gradients of that size: a softmax
 /// that goes on from block to block, as that of online normalizer calculation (Milakov and Gimelshein
 /// 2018), leaves forward with two numbers a token. Backward makes the gradient of the weight block by
-/// block, where forward left as many logits as find room there: with no more tokens than the hidden
-/// states are wide (`M ≤ H`) all of them, so that nothing is computed twice; of more tokens a share of
-/// `H / M`, and the others are computed again, at most one more matrix product than the plain
-/// computation has. That room, the size of the weight, is taken from forward on.
+/// block, where forward left as many logits as find room there, and those of four blocks more: with no
+/// more tokens than the hidden states are wide (`M ≤ H`) all of them, so that nothing is computed
+/// twice; of more tokens a share of `H / M` and the four blocks, and the others are computed again, at
+/// most one more matrix product than the plain computation has. The room, the size of the weight, and
+/// the four blocks are taken from forward on.
 /// Where each token's loss depends on that token alone, [`linear_token_loss`] computes nothing twice
 /// for any number of tokens. If the output layer is frozen, has no cap, and no entropy is asked for,
 /// forward makes the hidden states' gradients instead.
@@ -165,7 +166,7 @@ fn logprobs_of(
             (scores, Some(directions))
         } else {
             if has_room {
-                room = Some(Tensor::f_empty_like(operands.weight)?.f_contiguous()?);
+                room = Some(Room::new(operands, layer.blocks)?);
             }
             let cache = room
                 .as_ref()
@@ -222,9 +223,9 @@ struct KeptOperands {
     weight: Saved,
     bias: Option<Saved>,
     ids: Saved,
-    /// Memory for the weight's gradient, and in it the first logits. The first backward takes it; one
-    /// more has to compute them again.
-    room: Mutex<Option<Tensor>>,
+    /// Memory for the weight's gradient, with the first logits. The first backward takes it; one more
+    /// has to compute them again.
+    room: Mutex<Option<Room>>,
 }
 
 impl KeptOperands {
@@ -245,7 +246,8 @@ impl KeptOperands {
             .as_ref()
             .map(|room| Cache::new(room, self.layer.blocks))
             .transpose()?;
-        let mut sums = Gradients::at_once(operands, needed, room)?;
+        let gradient = room.map(|room| room.gradient);
+        let mut sums = Gradients::at_once(operands, needed, gradient)?;
         let mut buffers = Buffers::new(self.layer.blocks, operands);
         let target = (&mut sums, 0, None);
         self.layer.add_gradients(

@@ -100,76 +100,71 @@ Tile<C> tile_for(int64_t rows) {
   return tiles[(rows - 1) / 2];
 }
 
-// The left factor, packed: [blocks of terms][panels of rows][terms][kHigh].
+// A block of terms of rows of the left factor, packed: [panels][terms][kHigh]. No more is packed at once: what the tiles
+// read again for each piece of columns stays in the last cache.
 class Left {
  public:
   template <class T>
-  Left(Matrix<T> a, int64_t m, int64_t k)
-      : m_(m), terms_(k), panels_(parts(m, kHigh)), memory_(at::empty({panels_ * kHigh * k}, at::kFloat)) {
+  Left(Matrix<T> a, int64_t rows, int64_t terms)
+      : rows_(rows), terms_(terms), panels_(parts(rows, kHigh)), memory_(at::empty({panels_ * kHigh * terms}, at::kFloat)) {
     float* to = memory_.data_ptr<float>();
     packed_ = to;  // asked for once: libtorch checks each time
-    split(terms_.blocks * panels_, std::max<int64_t>(1, 16384 / (kHigh * std::max<int64_t>(1, terms_.most()))),
+    split(panels_, std::max<int64_t>(1, 16384 / (kHigh * std::max<int64_t>(1, terms))),
           [&](int64_t begin, int64_t end) { fill(a, begin, end, to); });
   }
-  const float* panel(int64_t block, int64_t panel) const { return packed_ + place(block, panel); }
-  int64_t rows() const { return m_; }
+  const float* panel(int64_t panel) const { return packed_ + panel * kHigh * terms_; }
+  int64_t rows() const { return rows_; }
+  int64_t terms() const { return terms_; }
   int64_t panels() const { return panels_; }
-  const Terms& terms() const { return terms_; }
 
  private:
   template <class T>
   WIDE void fill(Matrix<T> a, int64_t begin, int64_t end, float* to) const {
-    for (int64_t i = begin; i < end; i++) {
-      int64_t block = i / panels_, panel = i % panels_, t = terms_.begin(block), row = panel * kHigh;
-      pack<kHigh>(a.from(row, t).at, a.row, a.column, m_ - row, terms_.begin(block + 1) - t, to + place(block, panel));
+    for (int64_t row = begin * kHigh; row < end * kHigh; row += kHigh) {
+      pack<kHigh>(a.from(row, 0).at, a.row, a.column, rows_ - row, terms_, to + row * terms_);
     }
   }
-  int64_t place(int64_t block, int64_t panel) const {
-    int64_t t = terms_.begin(block);
-    return kHigh * (t * panels_ + panel * (terms_.begin(block + 1) - t));
-  }
-  int64_t m_;
-  Terms terms_;
-  int64_t panels_;
+  int64_t rows_, terms_, panels_;
   at::Tensor memory_;
   const float* packed_;
 };
 
-// Some columns of a factor [k, n], packed: [panels][terms][kBroad].
+// Columns of a block of terms of the right factor, packed: [panels][terms][kBroad].
 template <class T>
 struct Right {
   Matrix<T> b;
-  int64_t n, term, terms;  // terms from `term` on
+  int64_t n, terms;
   WIDE void pack_into(float* near, int64_t begin, int64_t end) const {
     for (int64_t panel = begin; panel < end; panel++, near += kBroad * terms) {
       int64_t column = panel * kBroad;
-      pack<kBroad>(b.from(term, column).at, b.column, b.row, n - column, terms, near);
+      pack<kBroad>(b.from(0, column).at, b.column, b.row, n - column, terms, near);
     }
   }
 };
 
-// A block of terms for the panels `begin` to `end` of columns, packed in `near`, and `first` to `last` of rows.
-template <class T, class C>
-void tiles(const Left& a, int64_t block, const Right<T>& b, const Output<C>& to, const float* near, int64_t begin,
-           int64_t end, int64_t first, int64_t last) {
-  bool add = to.add || block > 0;
-  const C* bias = block == 0 ? to.bias : nullptr;
+// The panels `begin` to `end` of columns, packed in `near`, and `first` to `last` of rows.
+template <class C>
+void tiles(const Left& a, int64_t n, const Output<C>& to, const float* near, int64_t begin, int64_t end, int64_t first,
+           int64_t last) {
   for (int64_t high = first; high < last; high++) {
     int64_t row = high * kHigh, rows = std::min(kHigh, a.rows() - row);
     Tile<C> tile = tile_for<C>(rows);
     for (int64_t panel = begin; panel < end; panel++) {
       int64_t column = panel * kBroad;
-      Finish<C> finish{to.c + row * to.stride + column, to.stride, rows, b.n - column, add, bias ? bias + column : nullptr};
-      tile(a.panel(block, high), near + (panel - begin) * kBroad * b.terms, b.terms, finish);
+      const C* bias = to.bias ? to.bias + column : nullptr;
+      Finish<C> finish{to.c + row * to.stride + column, to.stride, rows, n - column, to.add, bias};
+      tile(a.panel(high), near + (panel - begin) * kBroad * a.terms(), a.terms(), finish);
     }
   }
 }
 
+// A block of terms times the same of b, [terms, n].
 template <class T, class C>
-void multiply_packed(const Left& a, Matrix<T> b, int64_t n, const Output<C>& to) {
+void multiply_block(const Left& a, Matrix<T> b, int64_t n, const Output<C>& to) {
   int64_t panels = parts(n, kBroad), most = at::in_parallel_region() ? 1 : at::get_num_threads();
   if (panels == 0 || a.panels() == 0) return;
-  int64_t deep = std::max<int64_t>(1, a.terms().most());
+  Right<T> right{b, n, a.terms()};
+  int64_t deep = std::max<int64_t>(1, a.terms());
   int64_t threads = std::clamp<int64_t>(panels * a.panels() * deep * kHigh * kBroad >> 19, 1, most);
   // Pieces of columns that a thread keeps near, and of rows: several for each thread, which takes the next when it is done
   // with one, and the last ones small, so that none waits long for another.
@@ -180,22 +175,34 @@ void multiply_packed(const Left& a, Matrix<T> b, int64_t n, const Output<C>& to)
   int64_t large = std::max<int64_t>(0, across - threads) * down, pieces = large + (across - large / down) * last_down;
   auto memory = at::empty({threads * side * kBroad * deep}, at::kFloat);
   float* buffers = memory.data_ptr<float>();
-  for (int64_t block = 0; block < a.terms().blocks; block++) {
-    int64_t term = a.terms().begin(block);
-    Right<T> right{b, n, term, a.terms().begin(block + 1) - term};
-    std::atomic<int64_t> next{0};
-    split(threads, 1, [&](int64_t begin, int64_t end) {
-      float* near = buffers + begin * side * kBroad * deep;
-      int64_t packed = -1;
-      for (int64_t i = next++; i < pieces; i = next++) {
-        int64_t rows = i < large ? down : last_down, from = i < large ? 0 : large;
-        int64_t x = from / down + (i - from) / rows, y = (i - from) % rows;
-        int64_t left = x * side, past = std::min(panels, left + side);
-        if (x != packed) right.pack_into(near, left, past);
-        packed = x;
-        tiles(a, block, right, to, near, left, past, a.panels() * y / rows, a.panels() * (y + 1) / rows);
-      }
-    });
+  std::atomic<int64_t> next{0};
+  split(threads, 1, [&](int64_t begin, int64_t end) {
+    float* near = buffers + begin * side * kBroad * deep;
+    int64_t packed = -1;
+    for (int64_t i = next++; i < pieces; i = next++) {
+      int64_t rows = i < large ? down : last_down, from = i < large ? 0 : large;
+      int64_t x = from / down + (i - from) / rows, y = (i - from) % rows;
+      int64_t left = x * side, past = std::min(panels, left + side);
+      if (x != packed) right.pack_into(near, left, past);
+      packed = x;
+      tiles(a, n, to, near, left, past, a.panels() * y / rows, a.panels() * (y + 1) / rows);
+    }
+  });
+}
+
+// The products of `a` [m, k] with each of the right factors [k, n]. What is packed of `a` is packed once.
+template <class T, class C>
+void multiply_rows(Matrix<T> a, int64_t m, int64_t k, const std::vector<Matrix<T>>& factors,
+                   const std::vector<int64_t>& columns, const std::vector<Output<C>>& outputs) {
+  Terms terms(k);
+  for (int64_t block = 0; block < terms.blocks; block++) {
+    int64_t term = terms.begin(block);
+    Left left(a.from(0, term), m, terms.begin(block + 1) - term);
+    for (size_t i = 0; i < factors.size(); i++) {
+      Output<C> to = outputs[i];
+      if (block > 0) to.add = true, to.bias = nullptr;
+      multiply_block(left, factors[i].from(term, 0), columns[i], to);
+    }
   }
 }
 
@@ -212,28 +219,32 @@ WIDE void round_rows(const float* from, const Output<T>& to, int64_t width, int6
   }
 }
 
-// a times b [k, n], rounded once: by way of f32 where there are several blocks of terms.
-template <class T, class C>
-void multiply(const Left& a, Matrix<T> b, int64_t n, const Output<C>& to) {
-  if constexpr (!std::is_same_v<C, float>) {
-    if (a.terms().blocks > 1 && n > 0) {
-      auto sums = at::empty({a.rows(), n}, at::kFloat);
-      multiply_packed(a, b, n, Output<float>{sums.data_ptr<float>(), n});
-      split(a.rows(), std::max<int64_t>(1, 32768 / n), [&](int64_t begin, int64_t end) {
-        round_rows(sums.data_ptr<float>(), to, n, begin, end);
-      });
-      return;
-    }
-  }
-  multiply_packed(a, b, n, to);
-}
-
-// The products of `a` [m, k] with each of the right factors [k, n]. What is packed of `a` is packed once.
+// `multiply_rows`, of any number of rows, each result rounded once: by way of f32 where there are several blocks of terms.
 template <class T, class C>
 void multiply_all(Matrix<T> a, int64_t m, int64_t k, const std::vector<Matrix<T>>& factors,
                   const std::vector<int64_t>& columns, const std::vector<Output<C>>& outputs) {
-  for (int64_t row = 0; row < m; row += kTall) {
-    Left left(a.from(row, 0), std::min(kTall, m - row), k);
-    for (size_t i = 0; i < factors.size(); i++) multiply(left, factors[i], columns[i], outputs[i].from(row));
+  bool in_f32 = !std::is_same_v<C, float> && Terms(k).blocks > 1;
+  // About as many rows at a time, in whole panels.
+  int64_t tall = parts(parts(m, std::max<int64_t>(1, parts(m, kTall))), kHigh) * kHigh;
+  for (int64_t row = 0; row < m; row += tall) {
+    int64_t rows = std::min(tall, m - row);
+    std::vector<Output<C>> to;
+    for (auto& output : outputs) to.push_back(output.from(row));
+    if (!in_f32) {
+      multiply_rows(a.from(row, 0), rows, k, factors, columns, to);
+      continue;
+    }
+    std::vector<at::Tensor> memory;
+    std::vector<Output<float>> sums;
+    for (int64_t n : columns) {
+      memory.push_back(at::empty({rows, n}, at::kFloat));
+      sums.push_back({memory.back().data_ptr<float>(), n});
+    }
+    multiply_rows(a.from(row, 0), rows, k, factors, columns, sums);
+    for (size_t i = 0; i < sums.size(); i++) {
+      int64_t n = columns[i];
+      split(rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, n)),
+            [&](int64_t begin, int64_t end) { round_rows(sums[i].c, to[i], n, begin, end); });
+    }
   }
 }

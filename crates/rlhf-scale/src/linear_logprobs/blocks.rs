@@ -69,6 +69,21 @@ impl Blocks {
         self.width
     }
 
+    /// Columns of the first blocks that fit into this many elements.
+    fn columns_within(self, elements: i64) -> i64 {
+        let fitting = elements / self.tokens.max(1);
+        match fitting >= self.vocab {
+            true => self.vocab,
+            false => fitting / self.width * self.width,
+        }
+    }
+
+    /// Elements of the logits that are kept beside those that fit into `room` elements.
+    pub(crate) fn spare_elements(self, room: i64) -> i64 {
+        let left = self.vocab - self.columns_within(room);
+        left.min(SPARE_BLOCKS * self.width) * self.tokens
+    }
+
     pub(super) fn iter(self) -> impl Iterator<Item = Block> {
         (0..)
             .map(move |index| Block {
@@ -80,7 +95,40 @@ impl Blocks {
     }
 }
 
-/// The logits of the first blocks, in the room that the gradient of the weight will take.
+/// Blocks of logits that are kept beside those in the room of the weight's gradient, at most.
+const SPARE_BLOCKS: i64 = 4;
+
+/// Memory for the gradient of the weight, and some more, that has logits until the gradient is made.
+pub(crate) struct Room {
+    pub(super) gradient: Tensor,
+    spare: Option<Tensor>,
+}
+
+impl Room {
+    /// For all logits of `blocks`, as far as the gradient's room and a few blocks more hold them.
+    pub(super) fn new(operands: Operands<'_>, blocks: Blocks) -> Result<Self> {
+        let gradient = operands.weight.f_empty_like()?.f_contiguous()?;
+        let spare = blocks.spare_elements(gradient.numel() as i64);
+        let options = (gradient.kind(), gradient.device());
+        Ok(Self {
+            spare: (spare > 0)
+                .then(|| Tensor::f_empty([spare], options))
+                .transpose()?,
+            gradient,
+        })
+    }
+
+    /// Memory that holds the logits of all blocks.
+    pub(super) fn for_all(memory: &Tensor) -> Self {
+        Self {
+            gradient: memory.shallow_clone(),
+            spare: None,
+        }
+    }
+}
+
+/// The logits of the first blocks, in the room that the gradient of the weight will take and in what is
+/// spared for some blocks more.
 ///
 /// Block by block, in order, the logits are read and the gradient of the block's rows is written, from
 /// the room's start; so the logits lie at its end. What is written never reaches what is still to be
@@ -88,33 +136,40 @@ impl Blocks {
 /// linear in `x` and fits at both ends, `c M ≤ V H` and `c H ≤ V H`.
 pub(super) struct Cache {
     room: Tensor,
+    spare: Option<Tensor>,
     blocks: Blocks,
+    /// Those in the room; the spare ones follow.
     columns: i64,
 }
 
 impl Cache {
-    /// `room` is contiguous.
-    pub(super) fn new(room: &Tensor, blocks: Blocks) -> Result<Self> {
-        let fitting = room.numel() as i64 / blocks.tokens.max(1);
-        let columns = match fitting >= blocks.vocab {
-            true => blocks.vocab,
-            false => fitting / blocks.width * blocks.width,
-        };
+    /// The gradient's room is contiguous.
+    pub(super) fn new(room: &Room, blocks: Blocks) -> Result<Self> {
         Ok(Self {
-            room: room.f_view(-1)?,
+            room: room.gradient.f_view(-1)?,
+            spare: room.spare.as_ref().map(Tensor::shallow_clone),
             blocks,
-            columns,
+            columns: blocks.columns_within(room.gradient.numel() as i64),
         })
     }
 
     /// Where the logits of a block are, `[M, width]`; `None` if it is not among the first.
     pub(super) fn get(&self, block: Block) -> Result<Option<Tensor>> {
-        if block.first + block.width > self.columns {
-            return Ok(None);
-        }
         let tokens = self.blocks.tokens;
-        let offset = self.room.numel() as i64 - (self.columns - block.first) * tokens;
-        let logits = self.room.f_narrow(0, offset, block.width * tokens)?;
+        let (memory, offset) = if block.first + block.width <= self.columns {
+            let from_end = (self.columns - block.first) * tokens;
+            (&self.room, self.room.numel() as i64 - from_end)
+        } else {
+            let Some(spare) = &self.spare else {
+                return Ok(None);
+            };
+            let offset = (block.first - self.columns) * tokens;
+            if offset + block.width * tokens > spare.numel() as i64 {
+                return Ok(None);
+            }
+            (spare, offset)
+        };
+        let logits = memory.f_narrow(0, offset, block.width * tokens)?;
         Ok(Some(logits.f_view([tokens, block.width])?))
     }
 }
@@ -235,9 +290,19 @@ mod tests {
             (24, 24, 301, 5),
             (200, 3, 301, 1),
             (1, 50, 7, 1),
+            (40, 24, 301, 4),
         ] {
             let blocks = Blocks::new(tokens, vocab, Some(chunk));
-            let room = Tensor::zeros([vocab, hidden], (Kind::Float, Device::Cpu));
+            let f32s = (Kind::Float, Device::Cpu);
+            let (states, weight) = ([tokens, hidden], Tensor::zeros([vocab, hidden], f32s));
+            let (states, ids) = (Tensor::zeros(states, f32s), Tensor::zeros([tokens], f32s));
+            let operands = Operands {
+                hidden: &states,
+                weight: &weight,
+                bias: None,
+                ids: &ids,
+            };
+            let room = Room::new(operands, blocks).unwrap();
             let cache = Cache::new(&room, blocks).unwrap();
             let mut cached = 0;
             for block in blocks.iter() {
@@ -251,10 +316,11 @@ mod tests {
                     let same = logits.eq(block.index + 1).all();
                     assert!(bool::try_from(same).unwrap(), "{block:?} of {blocks:?}");
                 }
-                let _ = room.narrow(0, block.first, block.width).fill_(-1);
+                let _ = room.gradient.narrow(0, block.first, block.width).fill_(-1);
             }
             // Fewer than a block's columns go unused.
-            let fitting = (vocab * hidden / tokens).min(vocab);
+            let fitting = vocab * hidden / tokens + SPARE_BLOCKS * blocks.width;
+            let fitting = fitting.min(vocab);
             assert!(cached <= fitting && fitting - cached < blocks.width);
         }
     }

@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use rlhf_core::LogprobOptions;
 use tch::{Kind, Tensor};
 
-use super::blocks::{Blocks, Buffers, Cache};
+use super::blocks::{Blocks, Buffers, Cache, Room};
 use super::gradients::{Gradients, ScoreGrads};
 use super::layer::{Operands, OutputLayer};
 use super::{LinearLogprobs, LinearLogprobsInput, output_layer};
@@ -242,12 +242,12 @@ impl<'a> Pass<'a> {
         let one_group = needed[1] && at_once(tokens, hidden, kind);
         if one_group || !self.with_gradient {
             let room = one_group
-                .then(|| operands.weight.f_empty_like()?.f_contiguous())
-                .transpose()
-                .map_err(Error::from)?;
+                .then(|| Room::new(operands, layer.blocks))
+                .transpose()?;
             let cache = room.as_ref().map(|room| Cache::new(room, layer.blocks));
             let cache = cache.transpose()?;
-            let mut sums = Gradients::at_once(operands, needed, room)?;
+            let gradient = room.map(|room| room.gradient);
+            let mut sums = Gradients::at_once(operands, needed, gradient)?;
             let group = (operands, 0, cache.as_ref());
             self.group(layer, group, (&mut sums, false), &mut buffers, loss)?;
             return Ok(sums);
@@ -274,7 +274,7 @@ impl<'a> Pass<'a> {
             };
             buffers.set_blocks(layer.blocks);
             let room = logits.f_narrow(0, 0, rows * vocab).map_err(Error::from)?;
-            let cache = Cache::new(&room, layer.blocks)?;
+            let cache = Cache::new(&Room::for_all(&room), layer.blocks)?;
             let group = (part, start, Some(&cache));
             self.group(&layer, group, (&mut sums, true), &mut buffers, loss)?;
             start += rows;

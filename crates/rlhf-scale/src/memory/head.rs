@@ -53,9 +53,10 @@ impl LogprobsMemory {
                 ..HeadMemory::default()
             };
         }
+        let spare = if self.frozen { 0 } else { self.spare(blocks) };
         HeadMemory {
-            // Three numbers a token, and the room of the gradient, which has logits until then.
-            kept: bytes * hidden + 12 * self.tokens + gradient,
+            // Three numbers a token, the room of the gradient, which has logits until then, and more.
+            kept: bytes * hidden + 12 * self.tokens + gradient + spare,
             forward: work,
             backward: work + slope + hidden_grads + self.packed(blocks),
             gradient,
@@ -69,10 +70,11 @@ impl LogprobsMemory {
         let returned = if bytes < 4 { bytes * hidden } else { 0 };
         let one_group = at_once(self.tokens as i64, self.hidden as i64, self.kind());
         if one_group && !self.frozen {
-            let (work, slope) = self.work(self.blocks(self.tokens, self.chunk_rows));
+            let blocks = self.blocks(self.tokens, self.chunk_rows);
+            let (work, slope) = self.work(blocks);
             return HeadMemory {
                 kept: gradient + 4 * hidden,
-                forward: work + slope + bytes * hidden + returned,
+                forward: self.spare(blocks) + work + slope + bytes * hidden + returned,
                 backward: returned,
                 gradient,
                 ..HeadMemory::default()
@@ -103,6 +105,11 @@ impl LogprobsMemory {
         Blocks::new(tokens as i64, self.vocab as i64, chunk_rows)
     }
 
+    /// Bytes of logits that are kept beside those in the room of the weight's gradient.
+    fn spare(&self, blocks: Blocks) -> u64 {
+        self.bytes() * blocks.spare_elements((self.vocab * self.hidden) as i64) as u64
+    }
+
     /// Bytes of the buffers of a block, and of a cap's slope.
     fn work(&self, blocks: Blocks) -> (u64, u64) {
         let block = blocks.elements() as u64;
@@ -116,11 +123,10 @@ impl LogprobsMemory {
     }
 
     /// Bytes of a block's gradient as a product of our own copies it for that of the weight: in f32,
-    /// at most 2,100 of the vocabulary at a time.
+    /// at most 1,050 of the vocabulary and 832 tokens at a time.
     fn packed(&self, blocks: Blocks) -> u64 {
-        let width = blocks.width().max(1) as u64;
         match kernels::multiplies(self.kind()) {
-            true => 4 * width.min(2100) * (blocks.elements() as u64 / width),
+            true => 4 * (blocks.width() as u64).min(1050) * self.tokens.min(832),
             false => 0,
         }
     }
