@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use rlhf_core::Error as CoreError;
 use rlhf_scale::{
-    BlockMemory, CheckpointPolicy, GenerationMemory, GradientCheckpointing, HeadMemory,
+    AdamW, BlockMemory, CheckpointPolicy, GenerationMemory, GradientCheckpointing, HeadMemory,
     LogprobsMemory, MemoryPlan, Precision, StepMemory, kernels,
 };
 use tch::Device;
@@ -79,9 +79,13 @@ impl ModelConfig {
         options.gradient_checkpointing.validate()?;
         let microbatches = check(self, batch, options)?;
         let kernels = compiled_kernels(microbatches.clone(), options);
+        let reads_narrow_gradients = microbatches.len() == 1
+            && options.precision == Precision::Bf16
+            && AdamW::reads_bf16_gradients(options.device);
         let plans = microbatches.enumerate().map(|(i, microbatch)| {
             let step = StepMemory {
                 kernels,
+                reads_narrow_gradients,
                 ..step(self, microbatch, i > 0, options)
             };
             step.plan(options.gradient_checkpointing.policy)
@@ -348,6 +352,7 @@ fn step(
             ..head
         },
         accumulates,
+        reads_narrow_gradients: false,
         averages: options.averages,
         others: options.others,
         kernels: 0,

@@ -39,22 +39,31 @@ struct Factors {
 
 struct Stretch {
   float *weight, *exp_avg, *exp_avg_sq;
-  const float* grad;
+  const float* grad;             // null if it is bf16
+  const uint16_t* narrow_grad;
   int64_t count;
   const Factors* factors;
 };
 
-INLINE void step_body(const Stretch& s) {
+template <class G>
+INLINE void step_by(const Stretch& s, const G* __restrict grads) {
   const Factors f = *s.factors;
   float *__restrict weight = s.weight, *__restrict exp_avg = s.exp_avg, *__restrict exp_avg_sq = s.exp_avg_sq;
-  const float* __restrict grads = s.grad;
   for (int64_t i = 0; i < s.count; i++) {
-    float grad = grads[i] * f.scale;
+    float grad = rlhf::get(grads + i) * f.scale;
     float m = exp_avg[i] * f.keep1 + grad * f.take1;
     float v = exp_avg_sq[i] * f.keep2 + grad * grad * f.take2;
     exp_avg[i] = m;
     exp_avg_sq[i] = v;
     weight[i] = weight[i] * f.decay - f.rate * m / (std::sqrt(v) + f.eps);
+  }
+}
+
+INLINE void step_body(const Stretch& s) {
+  if (s.grad) {
+    step_by(s, s.grad);
+  } else {
+    step_by(s, s.narrow_grad);
   }
 }
 
@@ -76,10 +85,10 @@ Step best_step() {
 constexpr int64_t kAtOnce = 16 << 10;  // elements, a share of work
 
 bool applies(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads) {
-  auto fits = [](const Tensor& t) {
-    return t.device().is_cpu() && t.scalar_type() == at::kFloat && t.layout() == at::kStrided;
-  };
-  return std::all_of(weights.begin(), weights.end(), fits) && std::all_of(grads.begin(), grads.end(), fits);
+  auto dense = [](const Tensor& t) { return t.device().is_cpu() && t.layout() == at::kStrided; };
+  auto fits = [&](const Tensor& t) { return dense(t) && t.scalar_type() == at::kFloat; };
+  auto read = [&](const Tensor& t) { return fits(t) || (dense(t) && t.scalar_type() == at::kBFloat16); };
+  return std::all_of(weights.begin(), weights.end(), fits) && std::all_of(grads.begin(), grads.end(), read);
 }
 
 // All tensors by all threads, each a range of elements.
@@ -97,9 +106,12 @@ void step_all(const std::vector<Tensor>& weights, const std::vector<Tensor>& gra
     for (auto* changed : {&weights[i], &exp_avgs[i], &exp_avg_sqs[i]}) {
       changed->unsafeGetTensorImpl()->bump_version();
     }
+    bool narrow = grads[i].scalar_type() == at::kBFloat16;
+    auto* narrow_grads = static_cast<const uint16_t*>(grads[i].data_ptr());
     for (int64_t at = 0; at < weights[i].numel(); at += kAtOnce) {
       stretches.push_back({floats(weights[i]) + at, floats(exp_avgs[i]) + at, floats(exp_avg_sqs[i]) + at,
-                           floats(grads[i]) + at, std::min(kAtOnce, weights[i].numel() - at), &factors[i]});
+                           narrow ? nullptr : floats(grads[i]) + at, narrow ? narrow_grads + at : nullptr,
+                           std::min(kAtOnce, weights[i].numel() - at), &factors[i]});
     }
   }
   rlhf::split(stretches.size(), 4, [&](int64_t begin, int64_t end) {
@@ -112,8 +124,18 @@ void step_all(const std::vector<Tensor>& weights, const std::vector<Tensor>& gra
 
 extern "C" {
 
+// Whether a step of f32 weights on the CPU reads bf16 gradients.
+bool rlhf_adamw_reads_bf16() {
+#ifdef RLHF_KERNELS
+  return true;
+#else
+  return false;
+#endif
+}
+
 // One AdamW step for tensors of one device and kind, whose strides agree, from gradients times `scale`; `steps` are
-// one-element f32 tensors, raised by one here. Gradients are not needed any more, and may have been scaled.
+// one-element f32 tensors, raised by one here. Gradients are not needed any more, and may have been scaled. Those of
+// f32 weights on the CPU may be bf16, where such are read.
 char* rlhf_adamw(Tensor* const* params, Tensor* const* grads, Tensor* const* exp_avgs, Tensor* const* exp_avg_sqs,
                  Tensor* const* steps, size_t count, double lr, double beta1, double beta2, double weight_decay,
                  double eps, double scale) {

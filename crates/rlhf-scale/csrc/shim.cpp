@@ -72,22 +72,27 @@ using namespace rlhf;
 
 constexpr int64_t kSummed = 16 << 10;  // elements whose squares are summed in f32
 
-// The Euclidean norm, by all threads at once; what it is does not depend on how many they are.
+// The Euclidean norm of f32 and bf16 tensors, by all threads at once; what it is does not depend on how many they are.
 double length_of(const std::vector<Tensor>& tensors) {
   struct Part {
-    const float* x;
-    int64_t count;
+    const Tensor* tensor;
+    int64_t from, count;
   };
   std::vector<Part> parts;
   for (auto& tensor : tensors) {
-    const float* x = data<float>(tensor);
     for (int64_t i = 0; i < tensor.numel(); i += kSummed) {
-      parts.push_back({x + i, std::min(kSummed, tensor.numel() - i)});
+      parts.push_back({&tensor, i, std::min(kSummed, tensor.numel() - i)});
     }
   }
   std::vector<float> sums(parts.size());
   split(parts.size(), 8, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) sums[i] = ON_PROCESSOR(squares(parts[i].x, parts[i].count));
+    for (int64_t i = begin; i < end; i++) {
+      const Part& part = parts[i];
+      by_kind(*part.tensor, [&](auto* kind) {
+        using T = std::remove_pointer_t<decltype(kind)>;
+        sums[i] = ON_PROCESSOR(squares(data<T>(*part.tensor) + part.from, part.count));
+      });
+    }
   });
   double total = 0;
   for (float sum : sums) total += sum;
@@ -133,7 +138,9 @@ char* rlhf_norm(Tensor* const* tensors, size_t count, double order, Tensor** res
   return guarded([&] {
     at::NoGradGuard no_grad;
 #ifdef RLHF_KERNELS
-    auto dense = [](const Tensor* t) { return all_of_kind(at::kFloat, {t}) && t->layout() == at::kStrided; };
+    auto dense = [](const Tensor* t) {
+      return (all_of_kind(at::kFloat, {t}) || all_of_kind(at::kBFloat16, {t})) && t->layout() == at::kStrided;
+    };
     if (order == 2 && able() && std::all_of(tensors, tensors + count, dense)) {
       *result = new Tensor(at::scalar_tensor(length_of(list(tensors, count)), at::kFloat));
       return;

@@ -124,6 +124,12 @@ impl AdamW {
         Ok(optimizer)
     }
 
+    /// Whether a step takes the gradients of bf16 parameters on this device as they are, without a copy
+    /// in f32.
+    pub fn reads_bf16_gradients(device: Device) -> bool {
+        device == Device::Cpu && ffi::adamw_reads_bf16()
+    }
+
     /// The options this optimiser was made with.
     pub fn config(&self) -> &AdamWConfig {
         &self.config
@@ -333,7 +339,15 @@ impl AdamW {
 }
 
 impl Slot {
-    /// `grad` in the kind and layout of the weight; the tensor itself where it has them already.
+    fn reads(&self, grad: &Tensor) -> bool {
+        grad.kind() == Kind::BFloat16
+            && self.weight.kind() == Kind::Float
+            && grad.device() == self.weight.device()
+            && AdamW::reads_bf16_gradients(grad.device())
+    }
+
+    /// `grad` in the layout of the weight and in its kind, or in bf16 where the step reads that; the
+    /// tensor itself where it is so already.
     fn aligned(&self, grad: &Tensor) -> Result<Tensor> {
         if grad.size() != self.weight.size() {
             return Err(CoreError::ShapeMismatch {
@@ -344,11 +358,14 @@ impl Slot {
             }
             .into());
         }
-        let grad = grad.f_detach()?.f_to_kind(self.weight.kind())?;
+        let mut grad = grad.f_detach()?;
+        if !self.reads(&grad) {
+            grad = grad.f_to_kind(self.weight.kind())?;
+        }
         if grad.stride() == self.weight.stride() {
             return Ok(grad);
         }
-        let mut laid_out = self.weight.f_empty_like()?;
+        let mut laid_out = self.weight.f_empty_like()?.f_to_kind(grad.kind())?;
         laid_out.f_copy_(&grad)?;
         Ok(laid_out)
     }
@@ -358,6 +375,44 @@ impl Slot {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    /// A step from bf16 gradients is that from the same numbers in f32.
+    #[test]
+    fn bf16_gradients_are_read_as_they_are() {
+        let numbers = Tensor::arange(40_007, (Kind::Float, Device::Cpu));
+        let grads = numbers.sin().to_kind(Kind::BFloat16);
+        let stepped = |grads: &Tensor| {
+            let param = (&numbers * 1e-4 - 2.0).to_kind(Kind::BFloat16);
+            let param = param.set_requires_grad(true);
+            let named = vec![("w".to_string(), param.shallow_clone())];
+            let mut optimizer = AdamW::new(named, &AdamWConfig::default()).unwrap();
+            for scale in [1.0, 0.3] {
+                let own = Some(grads.shallow_clone());
+                optimizer.step_with(&[own], scale, 1.0).unwrap();
+            }
+            let state = optimizer.state();
+            let state = state.into_iter().map(|(_, tensor)| tensor);
+            state.chain([param.detach()]).collect::<Vec<_>>()
+        };
+        let narrow = stepped(&grads);
+        for (a, b) in narrow.iter().zip(stepped(&grads.to_kind(Kind::Float))) {
+            assert_eq!(*a, b);
+        }
+        // Gradients that lie in another order are put in that of the weight.
+        let turned = grads.narrow(0, 0, 40_000).view([200, 200]).transpose(0, 1);
+        let param = Tensor::ones([200, 200], (Kind::BFloat16, Device::Cpu));
+        let stepped = |grads: Tensor| {
+            let param = param.copy().set_requires_grad(true);
+            let named = vec![("w".to_string(), param.shallow_clone())];
+            let mut optimizer = AdamW::new(named, &AdamWConfig::default()).unwrap();
+            optimizer.step_with(&[Some(grads)], 1.0, 1.0).unwrap();
+            param.detach()
+        };
+        assert_eq!(
+            stepped(turned.shallow_clone()),
+            stepped(turned.contiguous())
+        );
+    }
 
     /// Which neighbour a bf16 weight is rounded to depends on its place in the parameter, not on
     /// the part that is stepped.

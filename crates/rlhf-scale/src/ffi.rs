@@ -30,6 +30,7 @@ type Raw = *mut C_tensor;
 type Message = *mut c_char;
 
 unsafe extern "C" {
+    fn rlhf_adamw_reads_bf16() -> bool;
     fn rlhf_adamw(
         params: *const Raw,
         grads: *const Raw,
@@ -67,7 +68,14 @@ unsafe extern "C" {
     ) -> Message;
 }
 
-/// The tensors of one step: five lists of one length, all of one device and kind.
+/// Whether [`FusedAdamW::step`] reads bf16 gradients of f32 weights on the CPU.
+pub(crate) fn adamw_reads_bf16() -> bool {
+    // SAFETY: no arguments.
+    unsafe { rlhf_adamw_reads_bf16() }
+}
+
+/// The tensors of one step: five lists of one length, all of one device and kind but for gradients
+/// that are [bf16](adamw_reads_bf16).
 #[derive(Default)]
 pub(crate) struct FusedAdamW<'a> {
     pub(crate) params: Vec<&'a Tensor>,

@@ -26,7 +26,9 @@ pub use stats::UpdateStats;
 /// clipping, AdamW, schedule, averaged weights.
 ///
 /// A step that fails changes nothing: the weights, the moments and the schedule are what they were,
-/// and no gradient is left behind. Gradients of 16-bit parameters are accumulated in f32.
+/// and no gradient is left behind. Gradients of 16-bit parameters are accumulated in f32. Those of bf16
+/// parameters on the CPU whose one microbatch is all there is stay bf16, half the memory, and the step
+/// from them is the same to the last bit.
 ///
 /// With loss scaling ([`UpdateConfig::loss_scale`]) backward starts from the scale, and the f32
 /// sums of the gradients are divided by it before anything looks at them. Gradients that are not

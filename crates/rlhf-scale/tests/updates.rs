@@ -44,6 +44,32 @@ fn microbatches_of_bf16_accumulate_in_f32() {
     );
 }
 
+/// The gradients of a single microbatch stay bf16; the update is that of their f32 sum with nothing.
+#[test]
+fn one_microbatch_of_bf16_is_the_same_as_a_sum() {
+    let updated = |microbatches: usize| {
+        let net = Net::new(Kind::BFloat16);
+        let mut updater = Updater::new(net.aliases(), &config()).unwrap();
+        let stats: Vec<_> = (0..3)
+            .map(|step| {
+                updater
+                    .update::<Error>(microbatches, |i| {
+                        let share = if i == 0 { 1.0 } else { 0.0 };
+                        Ok(net.loss(step, 0, 8) * share)
+                    })
+                    .unwrap()
+            })
+            .map(|stats| (stats.loss, stats.grad_norm, stats.step))
+            .collect();
+        (stats, net.params)
+    };
+    let ((alone, weights), (summed, of_sums)) = (updated(1), updated(2));
+    assert_eq!(alone, summed);
+    for ((name, a), (_, b)) in weights.iter().zip(&of_sums) {
+        assert_eq!(a, b, "{name}");
+    }
+}
+
 #[test]
 fn stats_say_what_happened() {
     let net = Net::new(Kind::Float);

@@ -5,7 +5,8 @@ WIDE inline void round(const float* from, uint16_t* to, int64_t first, int64_t b
   for (int64_t i = begin; i < end; i++) to[i] = dithered(from[i], first + i);
 }
 
-WIDE inline float squares(const float* x, int64_t count) {
+template <class T>
+WIDE inline float squares(const T* x, int64_t count) {
   Lanes sums[4] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
   for (; i + 64 <= count; i += 64) {
@@ -15,6 +16,6 @@ WIDE inline float squares(const float* x, int64_t count) {
     }
   }
   float total = sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
-  for (; i < count; i++) total += x[i] * x[i];
+  for (; i < count; i++) total += get(x + i) * get(x + i);
   return total;
 }

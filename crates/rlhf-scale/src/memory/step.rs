@@ -81,6 +81,9 @@ pub struct StepMemory {
     pub head: HeadMemory,
     /// Whether gradients of earlier microbatches are there already.
     pub accumulates: bool,
+    /// Whether the step reads 16-bit gradients as they are, without sums in f32: see
+    /// [`Updater`](crate::Updater).
+    pub reads_narrow_gradients: bool,
     /// Whether weights are averaged.
     pub averages: bool,
     /// Bytes that stay beside: other models, say.
@@ -113,13 +116,18 @@ impl StepMemory {
         let bytes = self.precision.kind().elt_size_in_bytes() as u64;
         let master = if bytes < 4 { 4 } else { 0 };
         let trained = self.trainable + self.adapters;
+        let of_gradient = if self.reads_narrow_gradients {
+            bytes
+        } else {
+            4
+        };
         let mut plan = MemoryPlan {
             weights: bytes * self.parameters + 4 * self.adapters,
             optimizer: (8 + master) * self.trainable + 8 * self.adapters,
             averages: if self.averages { 4 * trained } else { 0 },
             others: self.others,
             kernels: self.kernels,
-            gradients: 4 * trained,
+            gradients: of_gradient * self.trainable + 4 * self.adapters,
             activations: self.kept_blocks(policy) + self.head.norm_kept + self.head.kept,
             logits: self.head.forward.max(self.head.backward),
             kv_cache: self.generation.kv_cache,

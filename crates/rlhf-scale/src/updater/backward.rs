@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 
 use super::{Gradients, Losses, Updater, is_half, shards};
 use crate::gradients::grad_of;
-use crate::{Error, Result, ffi};
+use crate::{AdamW, Error, Result, ffi};
 
 impl Updater {
     /// Forward and backward of this process's microbatches.
@@ -22,6 +22,7 @@ impl Updater {
     ) -> Result<Vec<Tensor>, E> {
         let mut losses = Vec::with_capacity(share.len());
         let mut seeds = RngStreams::new(self.config.seed).stream("update/losses", self.step);
+        let kept = self.keeps_bf16(&share);
         // One forward, one backward, by turns; a stage of a pipeline is some forwards ahead, so that the
         // later ones have what to do (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
         let ahead = self.stage().map_or(0, PipelineStage::ahead);
@@ -37,28 +38,34 @@ impl Updater {
             if waiting.len() > ahead
                 && let Some((earlier, loss)) = waiting.pop_front()
             {
-                losses.push(self.backward_next(earlier, &loss, earlier + 1 == end, sums)?);
+                let loss = self.backward_next(earlier, &loss, earlier + 1 == end)?;
+                self.drain_half_grads(sums, kept)?;
+                losses.push(loss);
             }
         }
         for (microbatch, loss) in waiting {
-            losses.push(self.backward_next(microbatch, &loss, microbatch + 1 == end, sums)?);
+            let loss = self.backward_next(microbatch, &loss, microbatch + 1 == end)?;
+            self.drain_half_grads(sums, kept)?;
+            losses.push(loss);
         }
         Ok(losses)
     }
 
-    fn backward_next(
-        &mut self,
-        microbatch: usize,
-        loss: &Tensor,
-        last: bool,
-        sums: &mut [Option<Tensor>],
-    ) -> Result<Tensor> {
+    fn backward_next(&mut self, microbatch: usize, loss: &Tensor, last: bool) -> Result<Tensor> {
         if let (true, Some(reduction)) = (last, &mut self.reduction) {
             reduction.arm()?;
         }
-        let loss = self.backward_one(microbatch, loss)?;
-        self.drain_half_grads(sums)?;
-        Ok(loss)
+        self.backward_one(microbatch, loss)
+    }
+
+    /// Whether bf16 gradients stay as backward leaves them until the step reads them: nothing is added
+    /// to them, by this process or another.
+    fn keeps_bf16(&self, share: &Range<usize>) -> bool {
+        let alone = self.reduction.is_none() && self.shards.is_none();
+        share.len() == 1
+            && alone
+            && self.scaler.is_none()
+            && AdamW::reads_bf16_gradients(self.device())
     }
 
     /// The stage of a pipeline that this rank has.
@@ -155,10 +162,11 @@ impl Updater {
     }
 
     /// Moves the gradients of 16-bit parameters into f32 sums, where small ones are not lost. Each is
-    /// freed as soon as it is added, so that there is never a whole set of both.
-    fn drain_half_grads(&self, sums: &mut [Option<Tensor>]) -> Result<()> {
+    /// freed as soon as it is added, so that there is never a whole set of both. Those of bf16 stay
+    /// where they are if they are `kept`.
+    fn drain_half_grads(&self, sums: &mut [Option<Tensor>], kept: bool) -> Result<()> {
         for ((_, param), sum) in self.params.iter().zip(sums) {
-            if !is_half(param) {
+            if !is_half(param) || (kept && param.kind() == Kind::BFloat16) {
                 continue;
             }
             let Some(grad) = grad_of(param)? else {
@@ -176,8 +184,8 @@ impl Updater {
         Ok(())
     }
 
-    /// One gradient for each parameter that has one: the f32 sum of a 16-bit parameter, the
-    /// gradient itself of another; with the other stage's, where a stage has the weight too.
+    /// One gradient for each parameter that has one: the f32 sum of a 16-bit parameter, where there is
+    /// one, and else the gradient itself; with the other stage's, where a stage has the weight too.
     pub(super) fn collect_grads(&self, sums: Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>> {
         let grads = self.params.iter().zip(sums);
         let mut grads = grads

@@ -1,42 +1,23 @@
-//! Trainers on several processes: the numbers of one process, checkpoints written once, and what
-//! happens when a process is killed.
-#![cfg(feature = "distributed")]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-#![allow(clippy::print_stdout, clippy::print_stderr)] // ranks talk to the test
+//! Every trainer gives on several processes what it gives on one.
 
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use rlhf::core::{
-    CheckpointConfig, CheckpointStore, EpochConfig, Event, JsonlObserver, Observer, Parameters,
-    Preference, Replicas, Sequence, Stats, Tensor,
-};
+use rlhf::core::{EpochConfig, Event, Observer, Parameters, Preference, Stats, Tensor};
 use rlhf::dpo::{DpoConfig, DpoTrainer, OnlineDpoConfig, OnlineDpoTrainer};
 use rlhf::models::{
     CausalLm, CheckpointPolicy, LoadOptions, LoraConfig, SequenceClassifier, ValueHeadModel,
 };
 use rlhf::ppo::{GrpoConfig, GrpoTrainer, KlControl, PpoConfig, PpoTrainer};
 use rlhf::reward::{RewardConfig, RewardTrainer};
-use rlhf::scale::UpdateConfig;
-use rlhf::scale::distributed::{DataParallel, GroupOptions, ProcessGroup, Sharding, Spawn, World};
+use rlhf::scale::distributed::{DataParallel, ProcessGroup, Sharding, Spawn, World};
 use rlhf::sft::{SftConfig, SftTrainer};
 use rlhf::tch::Kind;
 
-const STEPS: u64 = 5;
-const SHARDINGS: [Sharding; 3] = [Sharding::Nothing, Sharding::Optimizer, Sharding::Gradients];
+use super::{STEPS, epochs, learn, model, model_dir, options, texts};
 
-fn options(seconds: u64) -> DataParallel {
-    DataParallel {
-        group: GroupOptions {
-            limit: Duration::from_secs(seconds),
-            ..GroupOptions::default()
-        },
-        bucket_bytes: 64 << 10, // several
-        ..DataParallel::default()
-    }
-}
+const SHARDINGS: [Sharding; 3] = [Sharding::Nothing, Sharding::Optimizer, Sharding::Gradients];
 
 /// What a run did: the stats of each step, and the weights at its end.
 struct Run {
@@ -52,32 +33,6 @@ fn noting(stats: &mut Vec<Stats>) -> Vec<Box<dyn Observer + '_>> {
     })]
 }
 
-fn epochs() -> EpochConfig {
-    EpochConfig {
-        epochs: 20,
-        batch_size: 7, // neither two nor four divide it
-        max_steps: Some(STEPS),
-        seed: 4,
-        ..EpochConfig::default()
-    }
-}
-
-/// AdamW divides gradients by their size. One that is nothing but rounding, as that of the biases of
-/// attention keys, would move its weight by a whole learning rate in a direction of its own: a larger
-/// epsilon keeps rounding small.
-fn learn(update: &mut UpdateConfig, lr: f64) {
-    update.optimizer.lr = lr;
-    update.optimizer.eps = 1e-4;
-}
-
-fn model(name: &str, checkpointing: CheckpointPolicy) -> CausalLm {
-    let options = LoadOptions {
-        gradient_checkpointing: checkpointing.into(),
-        ..LoadOptions::default()
-    };
-    CausalLm::from_pretrained(model_dir(name), &options).unwrap()
-}
-
 fn adapter() -> LoraConfig {
     LoraConfig {
         rank: 4,
@@ -89,12 +44,6 @@ fn adapter() -> LoraConfig {
 fn with_adapter(mut model: CausalLm) -> CausalLm {
     model.add_adapter(&adapter(), 9).unwrap();
     model
-}
-
-/// Ragged: from one to six response tokens.
-fn texts() -> Vec<Sequence> {
-    let text = |i: i64| Sequence::new([5 + i, 9, 2], vec![(i * 5) % 40; 1 + i as usize % 6]);
-    (0..16).map(text).collect()
 }
 
 fn pairs() -> Vec<Preference> {
@@ -115,12 +64,6 @@ fn pairs() -> Vec<Preference> {
         )
     };
     pairs.iter().map(pair).collect()
-}
-
-fn model_dir(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/goldens/models")
-        .join(name)
 }
 
 fn sft(checkpointing: CheckpointPolicy, lora: bool) -> Run {
@@ -358,146 +301,10 @@ fn trainers_are_one(processes: usize, name: &str) {
 
 #[test]
 fn trainers_on_two_processes_are_one() {
-    trainers_are_one(2, "trainers_on_two_processes_are_one");
+    trainers_are_one(2, "trainers::trainers_on_two_processes_are_one");
 }
 
 #[test]
 fn trainers_on_four_processes_are_one() {
-    trainers_are_one(4, "trainers_on_four_processes_are_one");
-}
-
-/// Trains with checkpoints and metrics in `dir`, from what is there; `pace` is slept each step.
-fn resumable(dir: &Path, pace: Duration) -> rlhf::Result<Vec<(String, Tensor)>> {
-    let mut config = SftConfig::default();
-    learn(&mut config.update, 1e-3);
-    let mut trainer = SftTrainer::new(model("gpt2", CheckpointPolicy::None), config)?;
-    let epochs = EpochConfig {
-        max_steps: Some(40),
-        checkpoints: Some(CheckpointConfig {
-            dir: dir.join("checkpoints"),
-            every: 2,
-            keep: 2,
-        }),
-        ..epochs()
-    };
-    let metrics = JsonlObserver::resume(dir.join("metrics.jsonl"), epochs.resumed_step()?)?;
-    let slow = move |_: &Event<'_>| {
-        std::thread::sleep(pace);
-        Ok(ControlFlow::Continue(()))
-    };
-    trainer.train(&texts(), &epochs, &mut [Box::new(metrics), Box::new(slow)])?;
-    Ok(trainer.into_model().named_parameters())
-}
-
-fn steps_in(dir: &Path) -> Vec<u64> {
-    let text = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
-    let step = |line: &str| -> u64 {
-        let line: serde_json::Value = serde_json::from_str(line).unwrap();
-        line["step"].as_u64().unwrap()
-    };
-    text.lines().map(step).collect()
-}
-
-/// The folder of a test, for its ranks too.
-fn shared_folder() -> PathBuf {
-    std::env::var_os("RLHF_TEST_DIR").unwrap().into()
-}
-
-#[test]
-fn a_killed_run_goes_on_with_fewer_processes() {
-    let name = "a_killed_run_goes_on_with_fewer_processes";
-    killed_and_resumed(name, Sharding::Nothing, Sharding::Gradients);
-}
-
-#[test]
-fn a_killed_sharded_run_goes_on_unsharded() {
-    let name = "a_killed_sharded_run_goes_on_unsharded";
-    killed_and_resumed(name, Sharding::Gradients, Sharding::Nothing);
-}
-
-fn killed_and_resumed(name: &str, first: Sharding, second: Sharding) {
-    if Spawn::is_rank() {
-        let dir = shared_folder();
-        let sharding = match dir.join("resuming").exists() {
-            true => second,
-            false => first,
-        };
-        let sharing = DataParallel {
-            sharding,
-            ..options(8)
-        };
-        let world = World::join(&sharing).unwrap();
-        let pace = Duration::from_millis(if world.group().size() == 3 { 60 } else { 0 });
-        match resumable(&dir, pace) {
-            Ok(weights) => {
-                if world.is_first() {
-                    Tensor::write_safetensors(
-                        &weights.iter().map(|(n, w)| (n, w)).collect::<Vec<_>>(),
-                        dir.join("end.safetensors"),
-                    )
-                    .unwrap();
-                }
-            }
-            Err(error) => println!("ENDED: {error}"),
-        }
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let dir = folder.path();
-    let ranks = |processes| {
-        Spawn::test(processes, name)
-            .env("RLHF_TEST_DIR", dir)
-            .grace(Duration::from_secs(20))
-    };
-    let mut running = ranks(3).start().unwrap();
-    let start = Instant::now();
-    let store = CheckpointStore::open(dir.join("checkpoints"), 2).unwrap();
-    while store
-        .latest()
-        .unwrap()
-        .is_none_or(|checkpoint| checkpoint.step < 6)
-    {
-        std::thread::sleep(Duration::from_millis(20));
-        assert!(start.elapsed() < Duration::from_secs(60));
-    }
-    running.kill(1).unwrap();
-    let killed = Instant::now();
-    let report = running.wait().unwrap();
-    assert!(
-        killed.elapsed() < Duration::from_secs(16),
-        "{:?}",
-        killed.elapsed()
-    );
-    for end in report.ends.iter().filter(|end| end.rank != 1) {
-        assert!(
-            end.stdout.contains("rank 1 is gone"),
-            "{}{}",
-            end.stdout,
-            end.stderr
-        );
-    }
-    // Whole, or this would fail.
-    let step = store.latest().unwrap().unwrap().step;
-    assert!((6..40).contains(&step), "{step}");
-
-    let report = ranks(2).run().unwrap();
-    report.check().unwrap();
-    assert!(
-        !report.ends[0].stdout.contains("ENDED"),
-        "{}",
-        report.ends[0].stdout
-    );
-    // Written once, by one: each step has one line.
-    assert_eq!(steps_in(dir), (1..=40).collect::<Vec<_>>());
-
-    let whole = tempfile::tempdir().unwrap();
-    assert_eq!(Replicas::current().size(), 1);
-    let alone = resumable(whole.path(), Duration::ZERO).unwrap();
-    let shared = Tensor::read_safetensors(dir.join("end.safetensors")).unwrap();
-    assert_eq!(shared.len(), alone.len());
-    for (name, weight) in shared {
-        let (_, other) = alone.iter().find(|(n, _)| *n == name).unwrap();
-        let off = (weight - other).abs().max().double_value(&[]);
-        assert!(off < 1e-4, "{name} is off by {off:e}"); // forty steps of rounding
-    }
+    trainers_are_one(4, "trainers::trainers_on_four_processes_are_one");
 }
