@@ -190,12 +190,15 @@ char* rlhf_linear(const Tensor* x, const Tensor* const* weights, const Tensor* c
   });
 }
 
-// Writes the product of a [m, k] and b [k, n] to out [m, n], or adds it, and says so in `*done`.
+// Writes the product of a [m, k] and b [k, n] to out [m, n], of their kind or f32, or adds it, and says so in `*done`.
 char* rlhf_multiply_into(const Tensor* out, const Tensor* a, const Tensor* b, int add, int* done) {
   return guarded([&] {
 #ifdef RLHF_KERNELS
     using namespace rlhf;
-    if (at::GradMode::is_enabled() || !is_multiplied({out, a, b})) return;
+    if (at::GradMode::is_enabled() || !is_multiplied({a, b})) return;
+    bool in_f32 = out->scalar_type() == at::kFloat;
+    if (!out->device().is_cpu() || out->layout() != at::kStrided) return;
+    if (!in_f32 && out->scalar_type() != a->scalar_type()) return;
     if (out->dim() != 2 || a->dim() != 2 || b->dim() != 2) return;
     int64_t m = a->size(0), k = a->size(1), n = b->size(1);
     if (b->size(0) != k || out->size(0) != m || out->size(1) != n || k < 1 || out->stride(1) != 1) return;
@@ -203,7 +206,11 @@ char* rlhf_multiply_into(const Tensor* out, const Tensor* a, const Tensor* b, in
     if (!either(*a) || !either(*b)) return;
     by_kind(*a, [&](auto* kind) {
       using T = std::remove_pointer_t<decltype(kind)>;
-      multiply(matrix<T>(*a), matrix<T>(*b), m, n, k, output<T>(*out, add != 0));
+      if (in_f32) {
+        multiply(matrix<T>(*a), matrix<T>(*b), m, n, k, output<float>(*out, add != 0));
+      } else {
+        multiply(matrix<T>(*a), matrix<T>(*b), m, n, k, output<T>(*out, add != 0));
+      }
     });
     *done = 1;
 #endif

@@ -131,7 +131,7 @@ pub fn linear_in_out(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
 /// nothing is done.
 ///
 /// # Shapes
-/// `a`: `[M, K]`; `b`: `[K, N]`; `out`: `[M, N]`.
+/// `a`: `[M, K]`; `b`: `[K, N]`; `out`: `[M, N]`, of their kind or f32.
 ///
 /// # Errors
 /// libtorch's (out of memory).

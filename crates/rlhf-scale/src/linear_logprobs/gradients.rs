@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::blocks::{Block, Buffers};
 use super::layer::{Operands, OutputLayer, own_columns};
-use super::product::{Target, multiply};
+use super::product::{Target, add_product, multiply};
 use super::scores::Scores;
 use crate::Result;
 use crate::ffi::softmax::{self, LogitBlock, RowGrads};
@@ -210,26 +210,17 @@ impl Gradients {
             let share = grad_logits.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?;
             let _ = of_block(sum)?.f_add_(&scaled(share)?)?;
         }
-        let is_wide = operands.weight.kind() == Kind::Float;
         if let Some(hidden) = &self.hidden {
             let mut rows = hidden.f_narrow(0, start, grad_logits.size()[0])?;
             let weight = of_block(operands.weight)?;
-            match is_wide {
-                true => multiply(&mut rows, grad_logits, &weight, Target::Sum)?,
-                false => {
-                    let _ = rows.f_add_(&scaled(grad_logits.f_mm(&weight)?)?)?;
-                }
-            }
+            add_product(&mut rows, grad_logits, &weight, scale)?;
         }
         if let Some(weight) = &self.weight {
             let mut rows = of_block(weight)?;
             let grad_logits = grad_logits.f_transpose(0, 1)?;
-            match (self.summed, is_wide) {
-                (false, _) => multiply(&mut rows, &grad_logits, operands.hidden, Target::Place)?,
-                (true, true) => multiply(&mut rows, &grad_logits, operands.hidden, Target::Sum)?,
-                (true, false) => {
-                    let _ = rows.f_add_(&scaled(grad_logits.f_mm(operands.hidden)?)?)?;
-                }
+            match self.summed {
+                false => multiply(&mut rows, &grad_logits, operands.hidden, Target::Place)?,
+                true => add_product(&mut rows, &grad_logits, operands.hidden, scale)?,
             }
         }
         Ok(())

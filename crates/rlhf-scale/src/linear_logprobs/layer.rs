@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::blocks::{Block, Blocks, Buffers, Cache};
 use super::gradients::{Coefficients, Gradients, grad_logits};
-use super::product::{Target, multiply};
+use super::product::{Target, add_product, multiply};
 use super::scores::{RunningScores, Scores};
 use crate::{Result, VocabularyShard};
 
@@ -92,12 +92,7 @@ impl OutputLayer {
                 let _ = expected.f_mul_(&before.f_sub(&running.maxima)?.f_exp()?)?;
             }
             let rows = weight.f_narrow(0, block.first, block.width)?;
-            match weight.kind() {
-                Kind::Float => multiply(&mut expected, &exponentials, &rows, Target::Sum)?,
-                _ => {
-                    let _ = expected.f_add_(&exponentials.f_mm(&rows)?)?;
-                }
-            }
+            add_product(&mut expected, &exponentials, &rows, None)?;
         }
         let chosen = match shard {
             None => weight.f_index_select(0, operands.ids)?,

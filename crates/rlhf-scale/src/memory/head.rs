@@ -38,8 +38,14 @@ impl LogprobsMemory {
         let (hidden, weight) = (self.tokens * self.hidden, self.vocab * self.hidden);
         let blocks = self.blocks(self.tokens, self.chunk_rows);
         let (work, slope) = self.work(blocks);
-        // The sum over blocks, of 16 bits also a block's share and the gradient that is returned.
-        let hidden_grads = 4 * hidden + if bytes < 4 { 2 * bytes * hidden } else { 0 };
+        // The sum over blocks, of 16 bits also the gradient that is returned, and a block's share unless
+        // a product of our own adds it in f32.
+        let copies = match bytes {
+            4 => 0,
+            _ if kernels::multiplies(self.kind()) => 1,
+            _ => 2,
+        };
+        let hidden_grads = (4 + copies * bytes) * hidden;
         let gradient = if self.frozen { 0 } else { bytes * weight };
         if self.token_loss {
             return self.token_loss_head(gradient);
@@ -89,6 +95,9 @@ impl LogprobsMemory {
         // Of 16 bits a block's share is scaled in f32.
         let share = match bytes {
             4 => 0,
+            _ if kernels::multiplies(self.kind()) => {
+                4 * (blocks.width() as u64).max(rows) * self.hidden
+            }
             _ => (bytes + 8) * (blocks.width() as u64).max(rows) * self.hidden,
         };
         HeadMemory {
