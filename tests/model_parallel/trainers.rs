@@ -1,5 +1,6 @@
 //! What is trained, and how.
 
+use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -99,6 +100,14 @@ pub(crate) fn sequences() -> SequenceBatch {
     .unwrap()
 }
 
+fn steps<E: Debug>(mut step: impl FnMut() -> Result<Stats, E>) -> Vec<Stats> {
+    (0..STEPS).map(|_| step().unwrap()).collect()
+}
+
+fn save(model: &CausalLm, dir: &Path) {
+    model.save_pretrained(dir.join("model")).unwrap();
+}
+
 fn fine_tuned(variant: Variant, placement: &Placement, dir: &Path) -> Vec<Stats> {
     let config = SftConfig {
         update: update(),
@@ -106,12 +115,8 @@ fn fine_tuned(variant: Variant, placement: &Placement, dir: &Path) -> Vec<Stats>
         ..SftConfig::default()
     };
     let mut trainer = SftTrainer::new(variant.load(placement), config).unwrap();
-    let stats = (0..STEPS).map(|_| trainer.step(&sequences()).unwrap());
-    let stats = stats.collect();
-    trainer
-        .into_model()
-        .save_pretrained(dir.join("model"))
-        .unwrap();
+    let stats = steps(|| trainer.step(&sequences()));
+    save(&trainer.into_model(), dir);
     stats
 }
 
@@ -128,11 +133,8 @@ fn preferred(variant: Variant, placement: &Placement, dir: &Path) -> Vec<Stats> 
         Preference::new(prompt, [vec![8 + i as i64], more.clone()].concat(), more)
     };
     let batch = PreferenceBatch::new((0..5).map(pair).collect()).unwrap();
-    let stats = (0..STEPS).map(|_| trainer.step(&batch).unwrap()).collect();
-    trainer
-        .into_model()
-        .save_pretrained(dir.join("model"))
-        .unwrap();
+    let stats = steps(|| trainer.step(&batch));
+    save(&trainer.into_model(), dir);
     stats
 }
 
@@ -181,11 +183,9 @@ fn reinforced(variant: Variant, placement: &Placement, dir: &Path) -> Vec<Stats>
     };
     let trainer = PpoTrainer::new(config, policy, value.unwrap(), reference, Tokens);
     let mut trainer = trainer.unwrap();
-    let stats = (0..STEPS)
-        .map(|_| trainer.step(&prompts()).unwrap())
-        .collect();
+    let stats = steps(|| trainer.step(&prompts()));
     let (policy, value) = trainer.into_models();
-    policy.save_pretrained(dir.join("model")).unwrap();
+    save(&policy, dir);
     value.save_pretrained(dir.join("value")).unwrap();
     stats
 }
@@ -202,13 +202,8 @@ fn grouped(variant: Variant, placement: &Placement, dir: &Path) -> Vec<Stats> {
     };
     config.generation.samples_per_prompt = 3;
     let mut trainer = GrpoTrainer::with_reference(config, policy, reference, Tokens).unwrap();
-    let stats = (0..STEPS)
-        .map(|_| trainer.step(&prompts()).unwrap())
-        .collect();
-    trainer
-        .into_policy()
-        .save_pretrained(dir.join("model"))
-        .unwrap();
+    let stats = steps(|| trainer.step(&prompts()));
+    save(&trainer.into_policy(), dir);
     stats
 }
 
@@ -224,12 +219,8 @@ fn ranked(variant: Variant, placement: &Placement, dir: &Path) -> Vec<Stats> {
     let reference: Box<dyn Policy> = Box::new(reference);
     let trainer = OnlineDpoTrainer::new(model, reference, Tokens, None, config);
     let mut trainer = trainer.unwrap();
-    let stats = (0..STEPS).map(|_| trainer.step(&prompts()).unwrap());
-    let stats = stats.collect();
-    trainer
-        .into_model()
-        .save_pretrained(dir.join("model"))
-        .unwrap();
+    let stats = steps(|| trainer.step(&prompts()));
+    save(&trainer.into_model(), dir);
     stats
 }
 

@@ -1,11 +1,13 @@
 //! The losses of policy and critics.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use rlhf_core::{Error as CoreError, LogprobOptions, Policy, ValueModel, masked_sum};
 use tch::Tensor;
 
 use crate::critic::logprobs;
+use crate::first_pass::FirstPass;
 use crate::minibatch::{Counts, MicrobatchLoss, Parts};
 use crate::rollout::{Microbatch, Targets};
 use crate::{
@@ -21,12 +23,15 @@ pub(crate) struct Learners<'a, P: ?Sized, V: ?Sized> {
     pub(crate) cost_critics: Vec<&'a dyn ValueModel>,
     pub(crate) config: &'a PpoConfig,
     pub(crate) kl_coef: f64,
+    /// What is known of the first microbatch.
+    pub(crate) first_pass: RefCell<Option<FirstPass>>,
 }
 
 impl<P: Policy, V: Critic<P>> Learners<'_, P, V> {
     /// The losses of a microbatch, by graphs: the policy's, with that of a critic on its trunk, and
     /// that of every other critic. One graph is done with before the next begins, so that there are the
-    /// activations of one model at a time. All are one where a model is not trained, and has none.
+    /// activations of one model at a time: a critic's that are there already go first. All are one where
+    /// a model is not trained, and has none.
     pub(crate) fn graphs(&self) -> Vec<Range<usize>> {
         let critic = (!self.critic.shares_trunk()).then(|| self.critic.named_parameters());
         let others = self.cost_critics.iter().map(|c| c.named_parameters());
@@ -35,10 +40,14 @@ impl<P: Policy, V: Critic<P>> Learners<'_, P, V> {
             .chain(others)
             .map(|parameters| !parameters.is_empty())
             .collect();
-        match trained.contains(&false) {
-            true => std::iter::once(0..trained.len()).collect(),
-            false => (0..trained.len()).map(|model| model..model + 1).collect(),
+        if trained.contains(&false) {
+            return std::iter::once(0..trained.len()).collect();
         }
+        let mut graphs: Vec<_> = (0..trained.len()).map(|model| model..model + 1).collect();
+        if self.first_pass.borrow().is_some() && !self.critic.shares_trunk() {
+            graphs.swap(0, 1);
+        }
+        graphs
     }
 
     /// The loss of one of the [`graphs`](Self::graphs) of a microbatch.
@@ -69,7 +78,10 @@ impl<P: Policy, V: Critic<P>> Learners<'_, P, V> {
             return self.policy_loss(microbatch, counts);
         }
         if model < first_cost {
-            let values = self.critic.values_with(self.policy, &microbatch.batch)?;
+            let values = match self.first_pass.take() {
+                Some(pass) => pass.values,
+                None => self.critic.values_with(self.policy, &microbatch.batch)?,
+            };
             let part = self.value_loss(&values, &microbatch.values, microbatch, counts)?;
             let parts = Parts {
                 value_loss: Some(&part.loss),
@@ -98,9 +110,13 @@ impl<P: Policy, V: Critic<P>> Learners<'_, P, V> {
         let (batch, kept) = (&microbatch.batch, microbatch.kept.as_deref());
         let (new, values) = match self.critic.shares_trunk() {
             true => {
-                let (new, values) = self
-                    .critic
-                    .scores_with(self.policy, batch, kept, &options)?;
+                let first = self.first_pass.take();
+                let (new, values) = match first.and_then(|pass| Some((pass.scores?, pass.values))) {
+                    Some(first) => first,
+                    None => self
+                        .critic
+                        .scores_with(self.policy, batch, kept, &options)?,
+                };
                 (new, Some(values))
             }
             false => (logprobs(self.policy, batch, kept, &options)?, None),

@@ -138,6 +138,7 @@ mod constraint;
 mod constraints;
 mod critic;
 mod error;
+mod first_pass;
 mod grpo;
 mod guards;
 mod kl_control;

@@ -164,7 +164,7 @@ fn by_microbatch(
     replicas.gather_rows(run())
 }
 
-fn check_shape(
+pub(crate) fn check_shape(
     what: &'static str,
     got: &Tensor,
     batch: &SequenceBatch,

@@ -1,14 +1,20 @@
 //! Responses with everything that an update needs to know about them.
 
+use std::cell::RefCell;
+
 use rlhf_core::{Completions, KeptTokens, SequenceBatch};
 use tch::{Kind, Tensor};
 
+use crate::first_pass::FirstPass;
 use crate::{Multiplier, RunningMoments, SamplerMismatch};
 
 /// A batch of responses, judged, scored and turned into advantages.
 ///
 /// All tensors are on the CPU, detached; `R` is the longest response. What is outside
 /// [`mask`](Self::mask) or [`value_mask`](Self::value_mask) is 0.
+///
+/// Where the update will begin with one microbatch of all samples, a rollout also holds the activations of
+/// the pass that valued them, until the update goes on from there or the rollout is dropped.
 #[derive(Debug)]
 pub struct Rollout {
     /// Prompts and responses.
@@ -59,6 +65,8 @@ pub struct Rollout {
     pub cost_estimates: Vec<CostEstimate>,
     /// The scale of the scores with these taken in, for the trainer to go on with.
     pub(crate) moments: RunningMoments,
+    /// The pass that gave the values, with its activations, where the update begins with the same.
+    pub(crate) first_pass: RefCell<Option<FirstPass>>,
 }
 
 /// A Lagrangian constraint's part of a [`Rollout`].

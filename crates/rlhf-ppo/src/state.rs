@@ -90,6 +90,7 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
             }
         }
         self.updater.load(dir)?;
+        self.loads += 1;
         if let (Some(pretraining), Some(cursor)) = (&mut self.pretraining, state.pretraining) {
             pretraining.cursor = cursor;
         }

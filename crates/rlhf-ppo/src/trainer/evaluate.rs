@@ -5,6 +5,7 @@ use std::sync::Arc;
 use rlhf_core::{Completions, Policy, Shift};
 use tch::{Device, Kind, Tensor};
 
+use crate::first_pass::{FirstPass, WeightsVersion};
 use crate::measure::{self, Forward};
 use crate::{
     CostEstimate, Critic, GaeInput, KlPlacement, LagrangianInput, LogprobTemperature, OldLogprobs,
@@ -59,20 +60,27 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
         };
         let mask = batch.response_mask(Device::Cpu);
         let sampled = self.sampled_logprobs(&completions)?;
-        let logprobs = match (&sampled, config.old_logprobs) {
-            (Some(sampled), OldLogprobs::Sampled) => sampled.shallow_clone(),
-            _ => {
-                let what = "the policy's log-probability";
-                measure::logprobs(what, &self.policy, &completions, forward)?
-            }
-        };
         let what = "the reference's log-probability";
         let reference = self.reference.as_ref();
         let ref_logprobs = measure::logprobs(what, reference, &completions, forward)?;
+        let first_pass = self.first_pass(&completions, &used)?;
+        let logprobs = match (&sampled, config.old_logprobs) {
+            (Some(sampled), OldLogprobs::Sampled) => sampled.shallow_clone(),
+            _ => match first_pass.as_ref().map(FirstPass::logprobs).transpose()? {
+                Some(Some(logprobs)) => logprobs,
+                _ => {
+                    let what = "the policy's log-probability";
+                    measure::logprobs(what, &self.policy, &completions, forward)?
+                }
+            },
+        };
         let width = mask.size()[1] + 1;
-        let values = measure::values(batch, forward.microbatching, |part| {
-            self.value_model.values_with(&self.policy, part)
-        })?;
+        let values = match &first_pass {
+            Some(pass) => pass.values()?,
+            None => measure::values(batch, forward.microbatching, |part| {
+                self.value_model.values_with(&self.policy, part)
+            })?,
+        };
         let (mismatch, weights) = match (&sampled, config.old_logprobs) {
             (Some(sampled), OldLogprobs::Recomputed) => (
                 SamplerMismatch::between(&logprobs, sampled, &mask)?,
@@ -181,8 +189,25 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
             returns: of_reward.returns,
             cost_estimates,
             moments,
+            first_pass: first_pass.into(),
             completions,
         })
+    }
+
+    /// The pass over all samples that the update will begin with, if it will.
+    fn first_pass(&self, completions: &Completions, used: &[bool]) -> Result<Option<FirstPass>> {
+        let (config, models) = (&self.config, (&self.policy, &self.value_model));
+        let replicas = self.updater.replicas();
+        FirstPass::is_shared(config, models, completions, used, replicas)
+            .then(|| FirstPass::record(config, models, completions, self.weights_version()))
+            .transpose()
+    }
+
+    pub(super) fn weights_version(&self) -> WeightsVersion {
+        WeightsVersion {
+            updates: self.updater.step(),
+            loads: self.loads,
+        }
     }
 
     /// Scores on the scale of those before, clipped, after the rule for a missing EOS, less what

@@ -6,6 +6,7 @@ use std::fmt;
 use rlhf_core::{Policy, Ranks, RngStreams, SequenceBatch, Stats};
 use tch::{Kind, Tensor};
 
+use crate::first_pass::FirstPass;
 use crate::learners::Learners;
 use crate::minibatch::{Counts, Parts};
 use crate::order::{parts, parts_by_weight, shuffled};
@@ -149,6 +150,13 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
             cost_critics: critics.collect(),
             config,
             kl_coef: rollout.kl_coef,
+            first_pass: FirstPass::take(
+                &rollout.first_pass,
+                rollout.len(),
+                microbatches,
+                self.weights_version(),
+            )
+            .into(),
         };
         let lr = self.updater.lr();
         let ranks = self.updater.ranks();

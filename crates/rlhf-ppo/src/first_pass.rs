@@ -1,0 +1,116 @@
+//! The forward pass that an update shares with its rollout.
+
+use std::cell::RefCell;
+
+use rlhf_core::{Completions, LogprobOptions, Policy, Replicas, TokenLogprobs};
+use tch::{Device, Kind, Tensor};
+
+use crate::measure::{check_finite, check_shape};
+use crate::rollout::Microbatch;
+use crate::{Critic, PpoConfig, Result};
+
+/// All samples, gone through once with gradients recorded, before any weight has moved. Where an update
+/// takes them all in one microbatch its first pass would be the same, so it goes on from this one.
+#[derive(Debug)]
+pub(crate) struct FirstPass {
+    /// The policy's, where the critic is on its trunk.
+    pub(crate) scores: Option<TokenLogprobs>,
+    /// `[B, R + 1]`
+    pub(crate) values: Tensor,
+    weights: WeightsVersion,
+}
+
+/// Tells the weights of one moment of a trainer from those of another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct WeightsVersion {
+    pub(crate) updates: u64,
+    pub(crate) loads: u64,
+}
+
+impl FirstPass {
+    /// Whether the first microbatch of an update has all samples, in this process, and the critic learns.
+    pub(crate) fn is_shared<P: Policy, V: Critic<P>>(
+        config: &PpoConfig,
+        (policy, critic): (&P, &V),
+        completions: &Completions,
+        used: &[bool],
+        replicas: &Replicas,
+    ) -> bool {
+        let rows: Vec<usize> = (0..used.len()).collect();
+        let microbatching = config.microbatching();
+        let whole = config.minibatches == 1
+            && replicas.size() == 1
+            && !used.contains(&false)
+            && microbatching.cut(&completions.batch, &rows).len() == 1;
+        let learns = !policy.named_parameters().is_empty()
+            && (critic.shares_trunk() || !critic.named_parameters().is_empty());
+        let split = policy.parameter_shards().is_some() || critic.parameter_shards().is_some();
+        whole && learns && !split && config.ppo_epochs > 0
+    }
+
+    /// Values of all samples, and where they come from one trunk their log-probabilities.
+    pub(crate) fn record<P: Policy, V: Critic<P>>(
+        config: &PpoConfig,
+        (policy, critic): (&P, &V),
+        completions: &Completions,
+        weights: WeightsVersion,
+    ) -> Result<Self> {
+        let batch = &completions.batch;
+        let options = LogprobOptions {
+            temperature: config.temperature(),
+            entropy: true,
+        };
+        let (scores, values) = tch::with_grad(|| -> rlhf_core::Result<_> {
+            match critic.shares_trunk() {
+                true => {
+                    let kept = completions.kept.as_deref();
+                    let (scores, values) = critic.scores_with(policy, batch, kept, &options)?;
+                    Ok((Some(scores), values))
+                }
+                false => Ok((None, critic.values_with(policy, batch)?)),
+            }
+        })?;
+        check_shape("values", &values, batch, 1)?;
+        if let Some(scores) = &scores {
+            check_shape("logprobs", &scores.logprobs, batch, 0)?;
+        }
+        Ok(Self {
+            scores,
+            values,
+            weights,
+        })
+    }
+
+    /// `[B, R + 1]` f32 on the CPU.
+    pub(crate) fn values(&self) -> Result<Tensor> {
+        on_host(&self.values)
+    }
+
+    /// `[B, R]` f32 on the CPU, where the policy was gone through.
+    pub(crate) fn logprobs(&self) -> Result<Option<Tensor>> {
+        let Some(scores) = &self.scores else {
+            return Ok(None);
+        };
+        let logprobs = on_host(&scores.logprobs)?;
+        check_finite("the policy's log-probability", &logprobs)?;
+        Ok(Some(logprobs))
+    }
+
+    /// Takes the pass out of its rollout, for an optimiser step on these microbatches. It is of no use
+    /// if the weights have moved.
+    pub(crate) fn take(
+        kept: &RefCell<Option<Self>>,
+        samples: usize,
+        microbatches: &[Microbatch],
+        weights: WeightsVersion,
+    ) -> Option<Self> {
+        let pass = kept.take()?;
+        let whole = microbatches.len() == 1 && microbatches[0].batch.len() == samples;
+        (whole && pass.weights == weights).then_some(pass)
+    }
+}
+
+fn on_host(numbers: &Tensor) -> Result<Tensor> {
+    let numbers = numbers.f_detach()?.f_to_kind(Kind::Float)?;
+    Ok(numbers.f_to_device(Device::Cpu)?)
+}

@@ -1,0 +1,123 @@
+//! The pass that values a rollout is the first of its update, where both take all samples at once.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use common::bigram::{Bigram, STOP, TokenValue, letters};
+use rlhf_ppo::core::{Parameters, Result, SequenceBatch, ValueModel, reward_fn};
+use rlhf_ppo::tch::Tensor;
+use rlhf_ppo::{PpoConfig, PpoTrainer};
+
+/// A critic that counts its passes: with gradients, and without.
+struct Counting {
+    critic: TokenValue,
+    passes: Arc<[AtomicUsize; 2]>,
+}
+
+impl Parameters for Counting {
+    fn named_parameters(&self) -> Vec<(String, Tensor)> {
+        self.critic.named_parameters()
+    }
+}
+
+impl ValueModel for Counting {
+    fn values(&self, batch: &SequenceBatch) -> Result<Tensor> {
+        let values = self.critic.values(batch)?;
+        let kind = usize::from(!values.requires_grad());
+        self.passes[kind].fetch_add(1, Ordering::Relaxed);
+        Ok(values)
+    }
+}
+
+struct Run {
+    trainer: PpoTrainer<Bigram, Counting>,
+    passes: Arc<[AtomicUsize; 2]>,
+}
+
+impl Run {
+    fn new(microbatch_size: usize, epochs: usize) -> Self {
+        let mut config = PpoConfig {
+            seed: 3,
+            batch_size: 4,
+            ppo_epochs: epochs,
+            minibatches: 1,
+            microbatch_size,
+            ..PpoConfig::default()
+        };
+        config.generation.max_new_tokens = 6;
+        config.generation.stop_token_ids = vec![STOP];
+        config.update.optimizer.lr = 0.05;
+        let passes = Arc::new([AtomicUsize::new(0), AtomicUsize::new(0)]);
+        let critic = Counting {
+            critic: TokenValue::new(),
+            passes: Arc::clone(&passes),
+        };
+        let reward = reward_fn(|_: &str, response: &str| response.matches('c').count() as f64);
+        let (policy, reference) = (Bigram::new(), Bigram::frozen());
+        let trainer = PpoTrainer::new(config, policy, critic, reference, reward).unwrap();
+        Self {
+            trainer: trainer.with_detokenizer(letters),
+            passes,
+        }
+    }
+
+    fn passes(&self) -> [usize; 2] {
+        [0, 1].map(|kind| self.passes[kind].swap(0, Ordering::Relaxed))
+    }
+
+    fn critic(&self) -> Tensor {
+        self.trainer.value_model().critic.0.copy()
+    }
+}
+
+fn prompts() -> Vec<Arc<[i64]>> {
+    (0..4).map(|i| Arc::from([1 + i % 4, 1])).collect()
+}
+
+#[test]
+fn all_samples_at_once_are_gone_through_once_for_values_and_first_loss() {
+    let (mut whole, mut split) = (Run::new(4, 3), Run::new(2, 3));
+    for _ in 0..3 {
+        whole.trainer.step(&prompts()).unwrap();
+        assert_eq!(whole.passes(), [3, 0]);
+        split.trainer.step(&prompts()).unwrap();
+        assert_eq!(split.passes(), [6, 2]);
+    }
+    assert!(whole.critic().allclose(&split.critic(), 1e-5, 1e-6, false));
+    let policies = [&whole, &split].map(|run| run.trainer.policy().0.copy());
+    assert!(policies[0].allclose(&policies[1], 1e-5, 1e-6, false));
+}
+
+#[test]
+fn a_pass_from_before_the_weights_moved_is_not_gone_on_from() {
+    let mut run = Run::new(4, 1);
+    let (first, second) = {
+        let mut rollout = || run.trainer.rollout(&prompts()).unwrap();
+        (rollout(), rollout())
+    };
+    assert_eq!(run.passes(), [2, 0]);
+    run.trainer.update(&first).unwrap();
+    assert_eq!(run.passes(), [0, 0]);
+    run.trainer.update(&second).unwrap();
+    assert_eq!(run.passes(), [1, 0]);
+    // Nor is it used twice.
+    run.trainer.update(&second).unwrap();
+    assert_eq!(run.passes(), [1, 0]);
+}
+
+#[test]
+fn nor_one_from_before_weights_were_loaded() {
+    let mut run = Run::new(4, 1);
+    run.trainer.step(&prompts()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    run.trainer.save(dir.path()).unwrap();
+    let rollout = run.trainer.rollout(&prompts()).unwrap();
+    run.passes();
+    run.trainer.load(dir.path()).unwrap();
+    run.trainer.update(&rollout).unwrap();
+    assert_eq!(run.passes(), [1, 0]);
+}
