@@ -45,7 +45,7 @@ struct Options {
     #[arg(long, default_value_t = 8)]
     batch: usize,
     /// Items that ours computes at a time, its update being that of the whole batch; the batch if not
-    /// given (PPO: half of it). Fewer take less memory.
+    /// given. Fewer take less memory.
     #[arg(long)]
     microbatch: Option<usize>,
     /// Steps of each process; the first is a warm-up and does not count.
@@ -139,11 +139,7 @@ impl Task {
 impl Work {
     /// Items that ours computes at a time.
     fn microbatch(&self) -> usize {
-        self.microbatch.unwrap_or(match self.task {
-            // Half of the activations, at the same speed.
-            Task::Ppo | Task::PpoShared => self.batch.div_ceil(2),
-            _ => self.batch,
-        })
+        self.microbatch.unwrap_or(self.batch)
     }
 }
 

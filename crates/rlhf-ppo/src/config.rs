@@ -81,7 +81,9 @@ pub struct PpoConfig {
     pub minibatches: usize,
     /// What the minibatches of a pass have the same number of.
     pub minibatch_unit: MinibatchUnit,
-    /// Most sequences in one forward pass. Changes memory and speed, not what is computed.
+    /// Most sequences in one forward pass. Changes memory and speed, not what is computed. Where one pass
+    /// takes the whole batch, and `minibatches` is 1, the pass that values a rollout is the first of its
+    /// update, which saves one.
     pub microbatch_size: usize,
     /// Most tokens in one forward pass, prompts included; a longer sequence goes alone. Changes
     /// memory and speed, not what is computed. `None` for no bound but `microbatch_size`.
