@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 
 use rlhf_core::{Completions, LogprobOptions, Policy, Replicas, TokenLogprobs};
+use rlhf_scale::Saved;
 use tch::{Device, Kind, Tensor};
 
 use crate::measure::{check_finite, check_shape};
@@ -17,14 +18,8 @@ pub(crate) struct FirstPass {
     pub(crate) scores: Option<TokenLogprobs>,
     /// `[B, R + 1]`
     pub(crate) values: Tensor,
-    weights: WeightsVersion,
-}
-
-/// Tells the weights of one moment of a trainer from those of another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct WeightsVersion {
-    pub(crate) updates: u64,
-    pub(crate) loads: u64,
+    /// What it was computed with.
+    weights: Vec<Saved>,
 }
 
 impl FirstPass {
@@ -53,7 +48,6 @@ impl FirstPass {
         config: &PpoConfig,
         (policy, critic): (&P, &V),
         completions: &Completions,
-        weights: WeightsVersion,
     ) -> Result<Self> {
         let batch = &completions.batch;
         let options = LogprobOptions {
@@ -74,6 +68,11 @@ impl FirstPass {
         if let Some(scores) = &scores {
             check_shape("logprobs", &scores.logprobs, batch, 0)?;
         }
+        let weights = policy.named_parameters().into_iter();
+        let weights = weights.chain(critic.named_parameters());
+        let weights = weights
+            .map(|(_, weight)| Saved::new(&weight))
+            .collect::<Result<_, _>>()?;
         Ok(Self {
             scores,
             values,
@@ -97,16 +96,16 @@ impl FirstPass {
     }
 
     /// Takes the pass out of its rollout, for an optimiser step on these microbatches. It is of no use
-    /// if the weights have moved.
+    /// if a weight has been written to since: by another update, or from a checkpoint.
     pub(crate) fn take(
         kept: &RefCell<Option<Self>>,
         samples: usize,
         microbatches: &[Microbatch],
-        weights: WeightsVersion,
     ) -> Option<Self> {
         let pass = kept.take()?;
         let whole = microbatches.len() == 1 && microbatches[0].batch.len() == samples;
-        (whole && pass.weights == weights).then_some(pass)
+        let still = pass.weights.iter().all(|weight| weight.get().is_ok());
+        (whole && still).then_some(pass)
     }
 }
 

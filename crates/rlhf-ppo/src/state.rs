@@ -90,7 +90,6 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
             }
         }
         self.updater.load(dir)?;
-        self.loads += 1;
         if let (Some(pretraining), Some(cursor)) = (&mut self.pretraining, state.pretraining) {
             pretraining.cursor = cursor;
         }

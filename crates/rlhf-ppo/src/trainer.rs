@@ -42,8 +42,6 @@ pub struct PpoTrainer<P, V> {
     pub(crate) kl: KlController,
     pub(crate) steps_done: u64,
     pub(crate) completions_done: u64,
-    /// How often weights were replaced by those of a checkpoint.
-    pub(crate) loads: u64,
     pub(crate) cursor: Option<DataCursor>,
 }
 
@@ -79,7 +77,6 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
             pretraining: None,
             steps_done: 0,
             completions_done: 0,
-            loads: 0,
             cursor: None,
         })
     }

@@ -121,3 +121,14 @@ fn nor_one_from_before_weights_were_loaded() {
     run.trainer.update(&rollout).unwrap();
     assert_eq!(run.passes(), [1, 0]);
 }
+
+#[test]
+fn nor_one_whose_weights_somebody_has_written_to() {
+    let mut run = Run::new(4, 1);
+    let rollout = run.trainer.rollout(&prompts()).unwrap();
+    run.passes();
+    let mut table = run.trainer.policy().0.detach();
+    let _ = table.g_mul_scalar_(1.5);
+    run.trainer.update(&rollout).unwrap();
+    assert_eq!(run.passes(), [1, 0]);
+}

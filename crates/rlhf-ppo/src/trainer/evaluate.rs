@@ -5,7 +5,7 @@ use std::sync::Arc;
 use rlhf_core::{Completions, Policy, Shift};
 use tch::{Device, Kind, Tensor};
 
-use crate::first_pass::{FirstPass, WeightsVersion};
+use crate::first_pass::FirstPass;
 use crate::measure::{self, Forward};
 use crate::{
     CostEstimate, Critic, GaeInput, KlPlacement, LagrangianInput, LogprobTemperature, OldLogprobs,
@@ -199,15 +199,8 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
         let (config, models) = (&self.config, (&self.policy, &self.value_model));
         let replicas = self.updater.replicas();
         FirstPass::is_shared(config, models, completions, used, replicas)
-            .then(|| FirstPass::record(config, models, completions, self.weights_version()))
+            .then(|| FirstPass::record(config, models, completions))
             .transpose()
-    }
-
-    pub(super) fn weights_version(&self) -> WeightsVersion {
-        WeightsVersion {
-            updates: self.updater.step(),
-            loads: self.loads,
-        }
     }
 
     /// Scores on the scale of those before, clipped, after the rule for a missing EOS, less what

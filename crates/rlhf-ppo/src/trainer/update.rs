@@ -150,13 +150,7 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
             cost_critics: critics.collect(),
             config,
             kl_coef: rollout.kl_coef,
-            first_pass: FirstPass::take(
-                &rollout.first_pass,
-                rollout.len(),
-                microbatches,
-                self.weights_version(),
-            )
-            .into(),
+            first_pass: FirstPass::take(&rollout.first_pass, rollout.len(), microbatches).into(),
         };
         let lr = self.updater.lr();
         let ranks = self.updater.ranks();
