@@ -88,7 +88,7 @@ fn nothing_changes() {
     assert_eq!(sample(ema.averages()), [2.0; 4]);
     drop(ema);
 
-    // The sum of the gradients is f32, too.
+    // The sum of several gradients is f32, too.
     let weights = params();
     let config = UpdateConfig {
         ema: Some(config),
@@ -102,7 +102,7 @@ fn nothing_changes() {
     let ready = loss();
     let before = sample(&weights);
     let error = with_room(60 << 20, || {
-        updater.update::<Error>(1, |_| Ok(ready.shallow_clone()))
+        updater.update::<Error>(2, |_| Ok(ready.shallow_clone()))
     })
     .unwrap_err();
     assert!(is_out_of_memory(&error), "{error}");
