@@ -85,9 +85,7 @@ pub(crate) fn serve(work: &Work) -> Result<()> {
             }
             "step" => {
                 let start = Instant::now();
-                let (r, used) = rlhf::scale::measure_memory(|| (prepared.step)(step))?;
-                r?;
-                eprintln!("METER {used:?}");
+                (prepared.step)(step)?;
                 peak = peak.max(peak_mb()?);
                 let Tokens { tokens, id_sum } = prepared.tokens[step];
                 say(&Line::Step {

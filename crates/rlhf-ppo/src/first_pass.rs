@@ -86,13 +86,13 @@ impl FirstPass {
     }
 
     /// `[B, R]` f32 on the CPU, where the policy was gone through.
-    pub(crate) fn logprobs(&self) -> Result<Option<Tensor>> {
-        let Some(scores) = &self.scores else {
-            return Ok(None);
+    pub(crate) fn logprobs(&self) -> Option<Result<Tensor>> {
+        let on_host = |scores: &TokenLogprobs| {
+            let logprobs = on_host(&scores.logprobs)?;
+            check_finite("the policy's log-probability", &logprobs)?;
+            Ok(logprobs)
         };
-        let logprobs = on_host(&scores.logprobs)?;
-        check_finite("the policy's log-probability", &logprobs)?;
-        Ok(Some(logprobs))
+        self.scores.as_ref().map(on_host)
     }
 
     /// Takes the pass out of its rollout, for an optimiser step on these microbatches. It is of no use

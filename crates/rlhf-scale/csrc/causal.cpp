@@ -3,6 +3,7 @@
 // products; and a run of many lengths needs a call for each. Here one node does all segments, in f32, from queries,
 // keys and values as they lie. Nothing else is kept for backward, which computes the weights again.
 #include "recorded.h"
+#include "shares.h"
 
 #include <ATen/ops/zeros.h>
 
@@ -94,11 +95,12 @@ std::vector<std::vector<Segment>> families(const std::vector<Segment>& segments)
 template <class Run>
 void attend(const std::vector<Segment>& segments, int64_t kv_heads, const Run& run) {
   auto groups = families(segments);
-  split(static_cast<int64_t>(groups.size()) * kv_heads, 1, [&](int64_t begin, int64_t end) {
-    Room room;
-    for (int64_t i = begin; i < end; i++) {
-      for (const auto& segment : groups[i / kv_heads]) run(segment, i % kv_heads, room);
-    }
+  int64_t tasks = static_cast<int64_t>(groups.size()) * kv_heads, most = at::in_parallel_region() ? 1 : at::get_num_threads();
+  int64_t threads = std::min(tasks, most);
+  std::vector<Room> rooms(threads);
+  share_out(tasks, threads, 1, 1, [&](int64_t thread, Shares::Range task) {
+    const auto& group = groups[task.begin / kv_heads];
+    for (const auto& segment : group) run(segment, task.begin % kv_heads, rooms[thread]);
   });
 }
 

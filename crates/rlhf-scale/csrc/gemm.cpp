@@ -1,5 +1,5 @@
 // Linear layers of many rows, with gradients, on the CPU; the products are those of kernels/gemm.h: in f32, and in bf16
-// where the processor has no instructions for it.
+// where the processor does not do it quicker than f32.
 #include "matrices.h"
 #include "wide.h"
 
@@ -147,11 +147,14 @@ struct Linears : torch::autograd::Function<Linears> {
   }
 };
 
+// libtorch's products of bf16 use what the processor has for them, which these do not.
+bool leaves_bf16() { return vectors_for_bf16() || matrices_for_bf16(); }
+
 // Whether all are tensors of the CPU, of one kind that these products are the best for.
 bool is_multiplied(std::initializer_list<const Tensor*> tensors) {
   if (!wanted() || !able()) return false;
   auto kind = (*tensors.begin())->scalar_type();
-  if (kind != at::kFloat && (kind != at::kBFloat16 || wide_bf16())) return false;
+  if (kind != at::kFloat && (kind != at::kBFloat16 || leaves_bf16())) return false;
   return std::all_of(tensors.begin(), tensors.end(), [&](const Tensor* t) {
     return t->device().is_cpu() && t->scalar_type() == kind && t->layout() == at::kStrided;
   });
@@ -226,7 +229,7 @@ void rlhf_want_kernels(int wanted) {
 
 bool rlhf_multiplies(bool bf16) {
 #ifdef RLHF_KERNELS
-  return rlhf::wanted() && rlhf::wide() && (!bf16 || !rlhf::wide_bf16());
+  return rlhf::wanted() && rlhf::wide() && (!bf16 || !leaves_bf16());
 #else
   return false;
 #endif

@@ -27,7 +27,7 @@ using at::Tensor;
 using rlhf::guarded;
 
 #ifdef RLHF_KERNELS
-// Where the processor multiplies bf16 as such.
+// Where the processor's vectors multiply bf16 as such.
 namespace rlhf::avx512 {
 
 template <int M, int R>
@@ -65,7 +65,7 @@ constexpr size_t kMostProducts = 4;
 template <class T>
 void products(const Products<T>& all) {
   if constexpr (std::is_same_v<T, uint16_t>) {
-    if (wide_bf16()) return avx512::run(all, all.x, avx512::columns_bf16);
+    if (vectors_for_bf16()) return avx512::run(all, all.x, avx512::columns_bf16);
   }
   ON_PROCESSOR(products(all));
 }

@@ -1,13 +1,11 @@
 // Factors and results of the products in kernels/gemm.h.
 #pragma once
 
-#include "vectors.h"
+#include "shares.h"
 
 #include <unistd.h>
 
 #include <ATen/ops/empty.h>
-
-#include <atomic>
 
 #ifdef RLHF_KERNELS
 namespace rlhf {
@@ -33,7 +31,8 @@ struct Output {
 
 constexpr int64_t kDeep = 832;   // terms that are summed at once
 constexpr int64_t kTall = 1050;  // rows of the left factor that are packed at once
-constexpr int64_t kChunk = 168;  // rows that packed columns are worth packing for
+constexpr int64_t kChunk = 168;  // rows that columns are worth packing for once more
+constexpr int64_t kWorth = 84;   // rows that a thread has left if another helps it
 
 inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 

@@ -66,9 +66,9 @@ impl<P: Policy, V: Critic<P>> PpoTrainer<P, V> {
         let first_pass = self.first_pass(&completions, &used)?;
         let logprobs = match (&sampled, config.old_logprobs) {
             (Some(sampled), OldLogprobs::Sampled) => sampled.shallow_clone(),
-            _ => match first_pass.as_ref().map(FirstPass::logprobs).transpose()? {
-                Some(Some(logprobs)) => logprobs,
-                _ => {
+            _ => match first_pass.as_ref().and_then(FirstPass::logprobs) {
+                Some(logprobs) => logprobs?,
+                None => {
                     let what = "the policy's log-probability";
                     measure::logprobs(what, &self.policy, &completions, forward)?
                 }

@@ -1,6 +1,6 @@
 // Products of matrices with many rows, in f32 or of bf16 that are widened. libtorch's f32 ones go through a library that
-// has nothing for processors with AVX-512 that its maker did not make, and its bf16 ones are slow where the processor has no
-// instructions for them; these fill the registers of any.
+// has nothing for processors with AVX-512 that its maker did not make, and its bf16 ones are slow where the processor has
+// nothing that multiplies them quicker than f32; these fill the registers of any.
 //
 // Both factors are copied into panels that lie in the order in which they are used: rows of the left one `kHigh` at a
 // time, columns of the right one `kBroad` at a time, which makes a tile of sums that fits the registers. An element of the
@@ -13,7 +13,7 @@ constexpr int64_t kBroad = 2 * kPart;                 // columns of a tile
 // `width` vectors of `k` elements side by side: out[t * width + i] is element t of vector i, zero for those behind the
 // `left` that there are. `apart` is from one vector to the next, `along` from one element to the next.
 template <int64_t width, class T>
-WIDE INLINE void pack(const T* from, int64_t apart, int64_t along, int64_t left, int64_t k, float* out) {
+WIDE void pack(const T* from, int64_t apart, int64_t along, int64_t left, int64_t k, float* out) {
   constexpr int64_t whole = (width + kPart - 1) / kPart * kPart;
   int64_t t = 0;
   if (apart == 1 && left >= whole) {
@@ -43,6 +43,21 @@ WIDE INLINE void pack(const T* from, int64_t apart, int64_t along, int64_t left,
   }
 }
 
+// `panels` of them, one after another. Where the vectors' elements lie side by side, `kFew` of each vector at a time: a row is
+// then read as far as all panels have it before the next, which is in another page of memory.
+template <int64_t width, class T>
+WIDE INLINE void pack_panels(const T* from, int64_t apart, int64_t along, int64_t left, int64_t k, int64_t panels,
+                             float* out) {
+  constexpr int64_t kFew = 16;
+  int64_t step = apart == 1 ? kFew : k;
+  for (int64_t t = 0; t < k; t += step) {
+    for (int64_t p = 0; p < panels; p++) {
+      pack<width>(from + p * width * apart + t * along, apart, along, left - p * width, std::min(step, k - t),
+                  out + (p * k + t) * width);
+    }
+  }
+}
+
 // What a tile is finished with.
 template <class C>
 struct Finish {
@@ -57,6 +72,12 @@ template <int R, class C>
 WIDE void tile(const float* a, const float* b, int64_t k, const Finish<C>& to) {
   Part acc[R][2];
   UNROLL for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = all_part(0.0f);
+  // What the sums are written or added to is fetched meanwhile.
+  UNROLL for (int r = 0; r < R; r++) {
+    const C* out = to.c + std::min<int64_t>(r, to.rows - 1) * to.stride;
+    __builtin_prefetch(out, 1);
+    __builtin_prefetch(out + kBroad - 1, 1);
+  }
   for (int64_t t = 0; t < k; t++, a += kHigh, b += kBroad) {
     Part left = load_part(b), right = load_part(b + kPart);
     UNROLL for (int r = 0; r < R; r++) {
@@ -120,9 +141,8 @@ class Left {
  private:
   template <class T>
   WIDE void fill(Matrix<T> a, int64_t begin, int64_t end, float* to) const {
-    for (int64_t row = begin * kHigh; row < end * kHigh; row += kHigh) {
-      pack<kHigh>(a.from(row, 0).at, a.row, a.column, rows_ - row, terms_, to + row * terms_);
-    }
+    int64_t row = begin * kHigh;
+    pack_panels<kHigh>(a.from(row, 0).at, a.row, a.column, rows_ - row, terms_, end - begin, to + row * terms_);
   }
   int64_t rows_, terms_, panels_;
   at::Tensor memory_;
@@ -135,10 +155,8 @@ struct Right {
   Matrix<T> b;
   int64_t n, terms;
   WIDE void pack_into(float* near, int64_t begin, int64_t end) const {
-    for (int64_t panel = begin; panel < end; panel++, near += kBroad * terms) {
-      int64_t column = panel * kBroad;
-      pack<kBroad>(b.from(0, column).at, b.column, b.row, n - column, terms, near);
-    }
+    int64_t column = begin * kBroad;
+    pack_panels<kBroad>(b.from(0, column).at, b.column, b.row, n - column, terms, end - begin, near);
   }
 };
 
@@ -166,26 +184,27 @@ void multiply_block(const Left& a, Matrix<T> b, int64_t n, const Output<C>& to) 
   Right<T> right{b, n, a.terms()};
   int64_t deep = std::max<int64_t>(1, a.terms());
   int64_t threads = std::clamp<int64_t>(panels * a.panels() * deep * kHigh * kBroad >> 19, 1, most);
-  // Pieces of columns that a thread keeps near, and of rows: several for each thread, which takes the next when it is done
-  // with one, and the last ones small, so that none waits long for another.
-  int64_t side = std::clamp<int64_t>(near_floats() / (kBroad * deep), 1, parts(panels, threads));
-  int64_t across = parts(panels, side), most_down = parts(a.panels(), parts(kChunk, kHigh));
-  int64_t down = std::clamp<int64_t>(parts(threads == 1 ? 1 : 4 * threads, across), 1, most_down);
-  int64_t last_down = threads == 1 ? down : std::min(2 * down, most_down);
-  int64_t large = std::max<int64_t>(0, across - threads) * down, pieces = large + (across - large / down) * last_down;
+  // Pieces of columns that a thread keeps near. Where they are few, each is packed for every group of rows, which a thread
+  // has then for all of them: it has packed about those itself.
+  int64_t across = parts(panels, std::max<int64_t>(1, near_floats() / (kBroad * deep)));
+  int64_t groups = across >= 4 * threads ? 1 : std::clamp<int64_t>(a.panels() * kHigh / kChunk, 1, threads);
+  int64_t side = parts(panels, std::min(panels, std::max(across, parts(threads, groups))));
+  across = parts(panels, side);
+  int64_t tall = parts(a.panels(), groups);
   auto memory = at::empty({threads * side * kBroad * deep}, at::kFloat);
   float* buffers = memory.data_ptr<float>();
-  std::atomic<int64_t> next{0};
-  split(threads, 1, [&](int64_t begin, int64_t end) {
-    float* near = buffers + begin * side * kBroad * deep;
-    int64_t packed = -1;
-    for (int64_t i = next++; i < pieces; i = next++) {
-      int64_t rows = i < large ? down : last_down, from = i < large ? 0 : large;
-      int64_t x = from / down + (i - from) / rows, y = (i - from) % rows;
-      int64_t left = x * side, past = std::min(panels, left + side);
-      if (x != packed) right.pack_into(near, left, past);
-      packed = x;
-      tiles(a, n, to, near, left, past, a.panels() * y / rows, a.panels() * (y + 1) / rows);
+  std::vector<int64_t> packed(threads, -1);
+  // An item is a panel of rows of a piece.
+  share_out(groups * across * tall, threads, 4, parts(kWorth, kHigh), [&](int64_t thread, Shares::Range items) {
+    float* near = buffers + thread * side * kBroad * deep;
+    while (items.count() > 0) {
+      int64_t piece = items.begin / tall % across, begin = piece * side, end = std::min(panels, begin + side);
+      int64_t rest = items.begin % tall, first = items.begin / (tall * across) * tall + rest;
+      int64_t rows = std::min(items.count(), tall - rest);
+      if (piece != packed[thread]) right.pack_into(near, begin, end);
+      packed[thread] = piece;
+      tiles(a, n, to, near, begin, end, first, std::min(a.panels(), first + rows));
+      items.begin += rows;
     }
   });
 }

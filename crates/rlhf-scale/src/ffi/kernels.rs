@@ -1,10 +1,11 @@
 //! Matrix products, and attention to a cache, on the CPU of a processor with AVX2 or AVX-512.
 //!
 //! Products of many rows copy both factors into panels that fill the widest registers, on
-//! processors of any maker, and have gradients: in f32, and in bf16 where the processor has no
-//! instructions for it (where it has, libtorch's use them). With few rows, as in decoding, the time
-//! goes into fetching the weights; there a kernel of its own fetches each weight once, ahead of its
-//! use, and multiplies it with all rows while it is at hand. Both use the weights as they lie:
+//! processors of any maker, and have gradients: in f32, and in bf16 where the processor has nothing
+//! that multiplies it quicker than f32 (where it has, libtorch's use that: AMD's AVX-512, Intel's
+//! AMX; Intel's AVX-512 takes twice as long for bf16 as for f32). With few rows, as in decoding, the
+//! time goes into fetching the weights; there a kernel of its own fetches each weight once, ahead of
+//! its use, and multiplies it with all rows while it is at hand. Both use the weights as they lie:
 //! nothing is kept beside them, or made stale by an update.
 //!
 //! Each returns `None` where it does not apply and the caller does it with libtorch: on another
