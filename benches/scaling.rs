@@ -240,27 +240,41 @@ fn compare(options: &Options, stack: Option<Stack>, contestants: &[(&str, &str)]
         .copied()
         .filter(|(_, how)| is_wanted(how))
         .collect();
-    let mut figures = vec![Vec::new(); contestants.len()];
+    let mut peaks = Vec::new();
+    for (who, how) in &contestants {
+        let [bytes, _] = figure(options, who, how, stack, true)?;
+        peaks.push(bytes / (1 << 20) as f64);
+    }
+    let mut times = vec![Vec::new(); contestants.len()];
     for _ in 0..options.rounds {
-        for (i, (who, how)) in contestants.iter().enumerate() {
-            let [seconds, cpu] = figure(options, who, how, stack, false)?;
-            let [bytes, _] = figure(options, who, how, stack, true)?;
-            figures[i].push([seconds, cpu, bytes / (1 << 20) as f64]);
+        for ((who, how), times) in contestants.iter().zip(&mut times) {
+            times.push(figure(options, who, how, stack, false)?);
         }
     }
-    let columns = ["", "seconds a step", "of the processor", "peak MiB"];
+    let columns = [
+        "",
+        "seconds a step",
+        "of the first's, round by round",
+        "of the processor",
+        "peak MiB",
+    ];
     match stack {
         Some(_) => println!("| {} beyond weights and gradients |", columns.join(" | ")),
         None => println!("| {} | beyond gradients |", columns.join(" | ")),
     }
-    println!("|{}", "---|".repeat(if stack.is_some() { 4 } else { 5 }));
-    for ((who, how), figures) in contestants.iter().zip(&figures) {
-        let column = |i: usize| figures.iter().map(|f| f[i]).collect::<Vec<f64>>();
-        let mut row = vec![spread(&column(0)), spread(&column(1)), spread(&column(2))];
+    println!("|{}", "---|".repeat(if stack.is_some() { 5 } else { 6 }));
+    for (i, (who, how)) in contestants.iter().enumerate() {
+        let column = |of: usize| times[i].iter().map(|t| t[of]).collect::<Vec<f64>>();
+        let ratios = times[i]
+            .iter()
+            .zip(&times[0])
+            .map(|(t, first)| t[0] / first[0]);
+        let ratios: Vec<f64> = ratios.collect();
+        let mut row = [column(0), ratios, column(1), vec![peaks[i]]]
+            .map(|figures| spread(&figures))
+            .to_vec();
         if stack.is_none() {
-            let gradients = gradient_mib(how, options.tokens);
-            let extra: Vec<f64> = column(2).iter().map(|mib| mib - gradients).collect();
-            row.push(spread(&extra));
+            row.push(spread(&[peaks[i] - gradient_mib(how, options.tokens)]));
         }
         println!("| {who} {how} | {} |", row.join(" | "));
     }

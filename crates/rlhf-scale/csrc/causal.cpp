@@ -95,8 +95,7 @@ std::vector<std::vector<Segment>> families(const std::vector<Segment>& segments)
 template <class Run>
 void attend(const std::vector<Segment>& segments, int64_t kv_heads, const Run& run) {
   auto groups = families(segments);
-  int64_t tasks = static_cast<int64_t>(groups.size()) * kv_heads, most = at::in_parallel_region() ? 1 : at::get_num_threads();
-  int64_t threads = std::min(tasks, most);
+  int64_t tasks = static_cast<int64_t>(groups.size()) * kv_heads, threads = std::min(tasks, most_threads());
   std::vector<Room> rooms(threads);
   share_out(tasks, threads, 1, 1, [&](int64_t thread, Shares::Range task) {
     const auto& group = groups[task.begin / kv_heads];

@@ -64,6 +64,9 @@ class Shares {
   std::vector<Share> all_;
 };
 
+// Threads that may be had.
+inline int64_t most_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
 // `body(thread, range)` for ranges of at most `most` of `count` items, by up to `threads` threads; `least` is what is worth being
 // taken over.
 template <class Body>

@@ -122,29 +122,43 @@ Tile<C> tile_for(int64_t rows) {
 }
 
 // A block of terms of rows of the left factor, packed: [panels][terms][kHigh]. No more is packed at once: what the tiles
-// read again for each piece of columns stays in the last cache.
+// read again for each piece of columns stays in the last cache. The rows are in groups of the same size, one for each thread
+// that has enough to do with it; the last panel of a group has what is left of its rows.
 class Left {
  public:
   template <class T>
   Left(Matrix<T> a, int64_t rows, int64_t terms)
-      : rows_(rows), terms_(terms), panels_(parts(rows, kHigh)), memory_(at::empty({panels_ * kHigh * terms}, at::kFloat)) {
+      : rows_(rows), terms_(terms), groups_(std::clamp<int64_t>(rows / kChunk, 1, most_threads())),
+        group_rows_(parts(rows, groups_)), tall_(parts(group_rows_, kHigh)),
+        memory_(at::empty({panels() * kHigh * terms}, at::kFloat)) {
     float* to = memory_.data_ptr<float>();
     packed_ = to;  // asked for once: libtorch checks each time
-    split(panels_, std::max<int64_t>(1, 16384 / (kHigh * std::max<int64_t>(1, terms))),
+    split(panels(), std::max<int64_t>(1, 16384 / (kHigh * std::max<int64_t>(1, terms))),
           [&](int64_t begin, int64_t end) { fill(a, begin, end, to); });
   }
   const float* panel(int64_t panel) const { return packed_ + panel * kHigh * terms_; }
-  int64_t rows() const { return rows_; }
+  // The first row of a panel, and how many it has: none, perhaps, at the end of the last group.
+  int64_t row(int64_t panel) const { return panel / tall_ * group_rows_ + panel % tall_ * kHigh; }
+  int64_t rows(int64_t panel) const {
+    int64_t end = std::min(rows_, (panel / tall_ + 1) * group_rows_);
+    return std::clamp<int64_t>(end - row(panel), 0, kHigh);
+  }
   int64_t terms() const { return terms_; }
-  int64_t panels() const { return panels_; }
+  int64_t groups() const { return groups_; }
+  int64_t panels() const { return groups_ * tall_; }
 
  private:
   template <class T>
   WIDE void fill(Matrix<T> a, int64_t begin, int64_t end, float* to) const {
-    int64_t row = begin * kHigh;
-    pack_panels<kHigh>(a.from(row, 0).at, a.row, a.column, rows_ - row, terms_, end - begin, to + row * terms_);
+    while (begin < end) {
+      int64_t group = begin / tall_, past = std::min(end, (group + 1) * tall_), first = row(begin);
+      int64_t left = std::min(rows_, (group + 1) * group_rows_) - first;
+      int64_t panels = std::clamp<int64_t>(parts(left, kHigh), 0, past - begin);
+      pack_panels<kHigh>(a.from(first, 0).at, a.row, a.column, left, terms_, panels, to + begin * kHigh * terms_);
+      begin = past;
+    }
   }
-  int64_t rows_, terms_, panels_;
+  int64_t rows_, terms_, groups_, group_rows_, tall_;
   at::Tensor memory_;
   const float* packed_;
 };
@@ -165,7 +179,8 @@ template <class C>
 void tiles(const Left& a, int64_t n, const Output<C>& to, const float* near, int64_t begin, int64_t end, int64_t first,
            int64_t last) {
   for (int64_t high = first; high < last; high++) {
-    int64_t row = high * kHigh, rows = std::min(kHigh, a.rows() - row);
+    int64_t row = a.row(high), rows = a.rows(high);
+    if (rows == 0) continue;
     Tile<C> tile = tile_for<C>(rows);
     for (int64_t panel = begin; panel < end; panel++) {
       int64_t column = panel * kBroad;
@@ -179,18 +194,17 @@ void tiles(const Left& a, int64_t n, const Output<C>& to, const float* near, int
 // A block of terms times the same of b, [terms, n].
 template <class T, class C>
 void multiply_block(const Left& a, Matrix<T> b, int64_t n, const Output<C>& to) {
-  int64_t panels = parts(n, kBroad), most = at::in_parallel_region() ? 1 : at::get_num_threads();
+  int64_t panels = parts(n, kBroad);
   if (panels == 0 || a.panels() == 0) return;
   Right<T> right{b, n, a.terms()};
   int64_t deep = std::max<int64_t>(1, a.terms());
-  int64_t threads = std::clamp<int64_t>(panels * a.panels() * deep * kHigh * kBroad >> 19, 1, most);
+  int64_t threads = std::clamp<int64_t>(panels * a.panels() * deep * kHigh * kBroad >> 19, 1, most_threads());
   // Pieces of columns that a thread keeps near. Where they are few, each is packed for every group of rows, which a thread
-  // has then for all of them: it has packed about those itself.
+  // then has for all of them: it has packed about those rows itself.
   int64_t across = parts(panels, std::max<int64_t>(1, near_floats() / (kBroad * deep)));
-  int64_t groups = across >= 4 * threads ? 1 : std::clamp<int64_t>(a.panels() * kHigh / kChunk, 1, threads);
+  int64_t groups = threads == 1 || across >= 4 * threads ? 1 : a.groups(), tall = a.panels() / groups;
   int64_t side = parts(panels, std::min(panels, std::max(across, parts(threads, groups))));
   across = parts(panels, side);
-  int64_t tall = parts(a.panels(), groups);
   auto memory = at::empty({threads * side * kBroad * deep}, at::kFloat);
   float* buffers = memory.data_ptr<float>();
   std::vector<int64_t> packed(threads, -1);
@@ -203,7 +217,7 @@ void multiply_block(const Left& a, Matrix<T> b, int64_t n, const Output<C>& to) 
       int64_t rows = std::min(items.count(), tall - rest);
       if (piece != packed[thread]) right.pack_into(near, begin, end);
       packed[thread] = piece;
-      tiles(a, n, to, near, begin, end, first, std::min(a.panels(), first + rows));
+      tiles(a, n, to, near, begin, end, first, first + rows);
       items.begin += rows;
     }
   });
