@@ -106,10 +106,11 @@ fn assert_same(what: &str, got: &Path, want: &Path) {
                 "{name}"
             );
             let [got, want] = [got, want].map(|t| t.to_kind(Kind::Double));
-            // Second moments are squares of small numbers.
+            // Second moments are squares of small numbers. An adapter's second factor begins with zeros and is
+            // all steps, each a gradient over its own size, whose rounding differs from one split to another.
             let scale = want.abs().max().double_value(&[]).max(1e-8);
             let off = (got - want).abs().max().double_value(&[]) / scale;
-            let tolerance = if file == "optimizer" {
+            let tolerance = if file == "optimizer" || name.contains("lora_B") {
                 20.0 * TOLERANCE
             } else {
                 TOLERANCE
