@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rlhf_core::Result;
-use rlhf_scale::{enter_parallel, grad_enabled};
+use rlhf_scale::{enter_parallel, grad_enabled, kernels};
 use tch::{Kind, Tensor};
 
-use crate::layers::Layout;
+use crate::layers::{Layout, linear};
 use crate::tensor_parallel::{Part, Shard};
 
 /// `s · B A`, the low-rank part of a linear layer.
@@ -69,12 +69,20 @@ impl Adapter {
     pub(crate) fn add_to(&self, mut output: Tensor, x: &Tensor) -> Result<Tensor> {
         let (a, b) = self.factors()?;
         let (a, b) = (a.f_to_kind(x.kind())?, b.f_to_kind(x.kind())?);
-        let mut narrow = match self.drops() {
-            true => self.dropped(x)?.f_linear(&a, None::<&Tensor>)?,
-            false => x.f_linear(&a, None::<&Tensor>)?,
+        let dropped = match self.drops() {
+            true => Some(self.dropped(x)?),
+            false => None,
         };
-        // Scaled where it is smallest.
-        let narrow = narrow.f_mul_scalar_(self.scaling)?;
+        let x = dropped.as_ref().unwrap_or(x);
+        // Where bf16 is slow for libtorch, its products, and the kernels that they keep, cost more than a sum.
+        if x.kind() == Kind::BFloat16 && kernels::multiplies(Kind::BFloat16) {
+            // Scaled where it is smallest.
+            let narrow = linear(x, &a, None)?.f_mul_scalar(self.scaling)?;
+            return Ok(output.f_add_(&linear(&narrow, &b, None)?)?);
+        }
+        let narrow = x
+            .f_linear(&a, None::<&Tensor>)?
+            .f_mul_scalar_(self.scaling)?;
         Ok(output.f_addmm_(&narrow, &b.f_transpose(0, 1)?)?)
     }
 
