@@ -262,14 +262,16 @@ impl ModelShape {
     }
 
     /// Buffers that products of `rows` rows of so many elements copy their factors to, in f32: of the left one at most
-    /// 1,050 rows and 832 elements at a time, of the right one half of the cache of every thread.
+    /// 1,050 rows and 832 elements at a time, of the right one half of the cache of every thread, or all of it where it is
+    /// smaller: once for every 168 rows, as long as there are threads for them.
     fn packing(&self, precision: Precision, rows: u64, width: u64) -> u64 {
         if !(self.on_cpu && kernels::multiplies(precision.kind())) {
             return 0;
         }
         let threads = u64::try_from(tch::get_num_threads()).unwrap_or(1);
         let left = rows.min(1050).next_multiple_of(14) * width.min(832);
-        let right = threads * (112 << 10).min(self.hidden * self.intermediate);
+        let copies = (rows / 168).clamp(1, threads.max(1));
+        let right = (threads * (112 << 10)).min(copies * self.hidden * self.intermediate);
         4 * (left + right)
     }
 }
