@@ -32,7 +32,7 @@ struct Output {
 constexpr int64_t kDeep = 832;   // terms that are summed at once
 constexpr int64_t kTall = 1050;  // rows of the left factor that are packed at once
 constexpr int64_t kChunk = 168;  // rows that columns are worth packing for once more
-constexpr int64_t kWorth = 84;   // rows that a thread has left if another helps it
+constexpr int64_t kWorth = 84;   // rows that a thread has left if another packs columns to help it
 
 inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 

@@ -208,8 +208,10 @@ void multiply_block(const Left& a, Matrix<T> b, int64_t n, const Output<C>& to) 
   auto memory = at::empty({threads * side * kBroad * deep}, at::kFloat);
   float* buffers = memory.data_ptr<float>();
   std::vector<int64_t> packed(threads, -1);
-  // An item is a panel of rows of a piece.
-  share_out(groups * across * tall, threads, 4, parts(kWorth, kHigh), [&](int64_t thread, Shares::Range items) {
+  // An item is a panel of rows of a piece. With a group each, threads are about the same piece, and help one another to the end;
+  // else the one that helps packs a piece first.
+  int64_t worth = groups > 1 ? 2 : parts(kWorth, kHigh);
+  share_out(groups * across * tall, threads, 2, worth, [&](int64_t thread, Shares::Range items) {
     float* near = buffers + thread * side * kBroad * deep;
     while (items.count() > 0) {
       int64_t piece = items.begin / tall % across, begin = piece * side, end = std::min(panels, begin + side);
