@@ -58,11 +58,11 @@ pub struct LinearLogprobs {
 /// Beside what it returns it has no memory for the `[M, V]` logits, nor for gradients of that size: a softmax
 /// that goes on from block to block, as that of online normalizer calculation (Milakov and Gimelshein
 /// 2018), leaves forward with two numbers a token. Backward makes the gradient of the weight block by
-/// block, where forward left as many logits as find room there, and those of four blocks more: with no
-/// more tokens than the hidden states are wide (`M ≤ H`) all of them, so that nothing is computed
-/// twice; of more tokens a share of `H / M` and the four blocks, and the others are computed again, at
-/// most one more matrix product than the plain computation has. The room, the size of the weight, and
-/// the four blocks are taken from forward on.
+/// block, where forward left as many logits as find room there, and those of three to five blocks more: with no more
+/// tokens than the hidden states are wide (`M ≤ H`) all of them, so that nothing is computed twice; of
+/// more tokens a share of `H / M` and those blocks, and the others are computed again, at most one more
+/// matrix product than the plain computation has. The room, the size of the weight, and those blocks are
+/// taken from forward on.
 /// Where each token's loss depends on that token alone, [`linear_token_loss`] computes nothing twice
 /// for any number of tokens. If the output layer is frozen, has no cap, and no entropy is asked for,
 /// forward makes the hidden states' gradients instead.
@@ -166,7 +166,8 @@ fn logprobs_of(
             (scores, Some(directions))
         } else {
             if has_room {
-                room = Some(Room::new(operands, layer.blocks)?);
+                let in_one_pass = layer.is_in_one_pass(operands.weight);
+                room = Some(Room::new(operands, layer.blocks, in_one_pass)?);
             }
             let cache = room
                 .as_ref()

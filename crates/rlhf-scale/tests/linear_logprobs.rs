@@ -24,16 +24,20 @@ impl Layer {
     }
 
     fn of_width(width: i64, kind: Kind) -> Self {
+        Self::of_size([TOKENS, width, VOCAB], kind)
+    }
+
+    fn of_size([tokens, width, vocab]: [i64; 3], kind: Kind) -> Self {
         tch::manual_seed(11);
         let normal = |shape: &[i64], scale: f64| {
             let values = Tensor::randn(shape, (Kind::Double, Device::Cpu)) * scale;
             values.to_kind(kind).set_requires_grad(true)
         };
         Self {
-            hidden: normal(&[TOKENS, width], 1.5),
-            weight: normal(&[VOCAB, width], 24f64.sqrt() / (width as f64).sqrt()),
-            bias: normal(&[VOCAB], 1.0),
-            ids: Tensor::randint(VOCAB, [TOKENS], (Kind::Int64, Device::Cpu)),
+            hidden: normal(&[tokens, width], 1.5),
+            weight: normal(&[vocab, width], 24f64.sqrt() / (width as f64).sqrt()),
+            bias: normal(&[vocab], 1.0),
+            ids: Tensor::randint(vocab, [tokens], (Kind::Int64, Device::Cpu)),
             softcap: None,
         }
     }
@@ -81,7 +85,8 @@ fn plain(input: LinearLogprobsInput<'_>, temperature: f64) -> LinearLogprobs {
 /// Some function of the outputs with a different gradient for every token.
 fn loss(scores: &LinearLogprobs, with_entropy: bool) -> Tensor {
     let kind = scores.logprobs.kind();
-    let factors = (Tensor::arange(TOKENS, (kind, Device::Cpu)) - 9.0) / 7.0;
+    let tokens = scores.logprobs.size()[0];
+    let factors = (Tensor::arange(tokens, (kind, Device::Cpu)) - 9.0) / 7.0;
     let loss = (&scores.logprobs * &factors).sum(kind);
     match &scores.entropy {
         Some(entropy) if with_entropy => loss + (entropy.square() * factors.cos()).sum(kind),
@@ -130,6 +135,23 @@ fn compare(
             (None, None) => {}
             _ => panic!("gradient {i}: {got:?}, not {expected:?} ({context})"),
         }
+    }
+}
+
+/// A product of many tokens is summed in parts: what it reads must last until all are done, though logits, their
+/// gradients and the weight's have one memory.
+#[test]
+fn many_tokens_are_no_different() {
+    for (size, chunk) in [
+        // The first block's gradients lie where the weight's first rows belong, and some blocks find no room.
+        ([1000, 300, 640], 100),
+        ([1000, 700, 640], 100),
+        // Everything finds room; the last rows belong where the last blocks' gradients would be.
+        ([900, 1000, 640], 90),
+    ] {
+        let layer = Layer::of_size(size, Kind::Float);
+        let options = LogprobOptions::default();
+        compare(&layer, options, false, Some(chunk), 1e-5);
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::ptr::null_mut;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::{Message, Raw, check, raw};
 use crate::Result;
@@ -76,10 +76,10 @@ pub(crate) struct RowGrads<'a> {
     pub(crate) entropy: Option<(&'a Tensor, &'a Tensor)>,
 }
 
-/// Whether this machine's processor has what the functions need.
-pub(crate) fn is_available() -> bool {
+/// Whether the functions apply to contiguous tensors of this kind on the CPU.
+pub(crate) fn is_available(kind: Kind) -> bool {
     // SAFETY: asks for features of the processor.
-    unsafe { rlhf_softmax_available() }
+    matches!(kind, Kind::Float | Kind::BFloat16) && unsafe { rlhf_softmax_available() }
 }
 
 /// Adds a block, with ids, to the sums.

@@ -74,7 +74,8 @@ impl ScoreGrads {
     }
 }
 
-/// The gradients of a block's products, of the weight's kind, in one of the buffers:
+/// The gradients of a block's products, of the weight's kind, in their place if they are free, else in one
+/// of the buffers:
 ///
 /// ```text
 /// ∂ logprob / ∂ zⱼ = [j = id] - pⱼ        ∂ entropy / ∂ zⱼ = -pⱼ (log pⱼ + entropy)
@@ -83,7 +84,7 @@ impl ScoreGrads {
 /// Without ids no token is the row's own.
 pub(super) fn grad_logits(
     (layer, operands, ids): (&OutputLayer, Operands<'_>, Option<&Tensor>),
-    products: &Tensor,
+    (products, is_free): (&Tensor, bool),
     block: Block,
     coefficients: &Coefficients<'_>,
     buffers: &mut Buffers,
@@ -101,12 +102,15 @@ pub(super) fn grad_logits(
             own: coefficients.own,
             entropy: coefficients.entropy,
         };
-        let out = buffers.scratch(block, operands)?;
+        let out = match is_free {
+            true => products.shallow_clone(),
+            false => buffers.scratch(block, operands)?,
+        };
         if softmax::grad(logits, &rows, &out)? {
             return Ok(out);
         }
     }
-    let mut logits = buffers.widened(products, block, operands)?;
+    let mut logits = buffers.widened((products, is_free), block, operands)?;
     layer.finish_logits(&mut logits)?;
     let slope = layer.slope(&logits)?;
     let _ = logits.f_sub_(coefficients.maxima)?;
@@ -190,14 +194,14 @@ impl Gradients {
     }
 
     /// Adds the share of a block of logits, which belongs to the tokens from `start` on. Products
-    /// with 16-bit operands are multiplied by `scale`, a f32 scalar, in f32.
+    /// with 16-bit operands are multiplied by `scale`, a f32 scalar, in f32. Rows of the weight's gradient
+    /// whose place has the gradients of logits are made `aside`.
     pub(super) fn add(
         &mut self,
-        operands: Operands<'_>,
+        (operands, block): (Operands<'_>, Block),
         grad_logits: &Tensor,
-        block: Block,
-        start: i64,
-        scale: Option<&Tensor>,
+        (start, scale): (i64, Option<&Tensor>),
+        aside: Option<Tensor>,
     ) -> Result<()> {
         let of_block = |tensor: &Tensor| tensor.f_narrow(0, block.first, block.width);
         let scaled = |product: Tensor| -> Result<Tensor> {
@@ -219,7 +223,13 @@ impl Gradients {
             let mut rows = of_block(weight)?;
             let grad_logits = grad_logits.f_transpose(0, 1)?;
             match self.summed {
-                false => multiply(&mut rows, &grad_logits, operands.hidden, Target::Place)?,
+                false => {
+                    let mut made = aside.unwrap_or_else(|| rows.shallow_clone());
+                    multiply(&mut made, &grad_logits, operands.hidden, Target::Place)?;
+                    if made.data_ptr() != rows.data_ptr() {
+                        rows.f_copy_(&made)?;
+                    }
+                }
                 true => add_product(&mut rows, &grad_logits, operands.hidden, scale)?,
             }
         }

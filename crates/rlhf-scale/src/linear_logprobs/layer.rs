@@ -1,11 +1,12 @@
 //! An output layer that is taken block by block.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use super::blocks::{Block, Blocks, Buffers, Cache};
+use super::blocks::{Block, Blocks, Buffers, Cache, Place};
 use super::gradients::{Coefficients, Gradients, grad_logits};
 use super::product::{Target, add_product, multiply};
 use super::scores::{RunningScores, Scores};
+use crate::ffi::softmax;
 use crate::{Result, VocabularyShard};
 
 /// The tensors of the output layer, detached, and the tokens.
@@ -39,14 +40,15 @@ impl OutputLayer {
         buffers: &mut Buffers,
     ) -> Result<Scores> {
         let mut running = RunningScores::new(operands, with_entropy)?;
-        for block in self.blocks.iter() {
-            let room = cache.map(|cache| cache.get(block)).transpose()?.flatten();
-            let product = match room {
-                Some(room) => room,
-                None => buffers.scratch(block, operands)?,
-            };
-            self.multiply(operands, block, &product)?;
-            running.add(self, operands, &product, block, buffers)?;
+        let blocks = match cache {
+            Some(cache) => cache.in_forward(),
+            None => self.blocks.iter().collect(),
+        };
+        for block in blocks {
+            let place = self.place(operands, block, cache, buffers)?;
+            self.multiply(operands, block, &place.logits)?;
+            let product = (&place.logits, !place.is_kept);
+            running.add(self, operands, product, block, buffers)?;
         }
         if let Some(shard) = shard {
             let _ = running.join(shard)?;
@@ -75,7 +77,8 @@ impl OutputLayer {
             let product = buffers.scratch(block, operands)?;
             self.multiply(operands, block, &product)?;
             let before = running.maxima.f_detach_copy()?;
-            let exponentials = match running.add(self, operands, &product, block, &mut buffers)? {
+            let free = (&product, true);
+            let exponentials = match running.add(self, operands, free, block, &mut buffers)? {
                 Some(exponentials) => exponentials.f_to_kind(weight.kind())?,
                 None => {
                     let coefficients = Coefficients {
@@ -85,7 +88,7 @@ impl OutputLayer {
                         entropy: None,
                     };
                     let anonymous = (self, operands, None);
-                    grad_logits(anonymous, &product, block, &coefficients, &mut buffers)?
+                    grad_logits(anonymous, free, block, &coefficients, &mut buffers)?
                 }
             };
             if block.first > 0 {
@@ -122,20 +125,45 @@ impl OutputLayer {
         buffers: &mut Buffers,
     ) -> Result<()> {
         for block in self.blocks.iter() {
-            let cached = cache.map(|cache| cache.get(block)).transpose()?.flatten();
-            let product = match cached {
-                Some(product) => product,
-                None => {
-                    let product = buffers.scratch(block, operands)?;
-                    self.multiply(operands, block, &product)?;
-                    product
-                }
-            };
+            let place = self.place(operands, block, cache, buffers)?;
+            if !place.is_kept {
+                self.multiply(operands, block, &place.logits)?;
+            }
             let layer = (self, operands, Some(operands.ids));
-            let grad = grad_logits(layer, &product, block, coefficients, buffers)?;
-            sums.add(operands, &grad, block, start, scale)?;
+            let product = (&place.logits, place.is_free);
+            let grad = grad_logits(layer, product, block, coefficients, buffers)?;
+            let aside = match place.is_in_the_way {
+                true => Some(buffers.rows(block, operands)?),
+                false => None,
+            };
+            sums.add((operands, block), &grad, (start, scale), aside)?;
         }
         Ok(())
+    }
+
+    /// Whether kernels go through blocks of logits once, so that none is copied.
+    pub(super) fn is_in_one_pass(&self, weight: &Tensor) -> bool {
+        let on_cpu = weight.device() == Device::Cpu;
+        self.softcap.is_none() && on_cpu && softmax::is_available(weight.kind())
+    }
+
+    /// Memory for the logits of a block: the cache's, or the scratch block.
+    fn place(
+        &self,
+        operands: Operands<'_>,
+        block: Block,
+        cache: Option<&Cache>,
+        buffers: &mut Buffers,
+    ) -> Result<Place> {
+        if let Some(place) = cache.map(|cache| cache.place(block)).transpose()?.flatten() {
+            return Ok(place);
+        }
+        Ok(Place {
+            logits: buffers.scratch(block, operands)?,
+            is_kept: false,
+            is_free: true,
+            is_in_the_way: false,
+        })
     }
 
     /// `hidden · weightᵀ + bias` for the block's tokens of the vocabulary.

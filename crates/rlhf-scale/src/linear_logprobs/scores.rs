@@ -48,19 +48,19 @@ impl RunningScores {
         })
     }
 
-    /// Adds a block, from its products before cap and temperature. Where libtorch's operations do it
-    /// they leave the exponentials, relative to the largest logit so far, which are returned; the
-    /// products may be overwritten then.
+    /// Adds a block, from its products before cap and temperature, which may be overwritten if they are
+    /// free. Where libtorch's operations do it they leave the exponentials, relative to the largest logit so
+    /// far, which are returned.
     pub(super) fn add(
         &mut self,
         layer: &OutputLayer,
         operands: Operands<'_>,
-        products: &Tensor,
+        products: (&Tensor, bool),
         block: Block,
         buffers: &mut Buffers,
     ) -> Result<Option<Tensor>> {
         let logits = LogitBlock {
-            logits: products,
+            logits: products.0,
             ids: Some(operands.ids),
             first: block.first,
             scale: 1.0 / layer.temperature,
@@ -82,7 +82,7 @@ impl RunningScores {
         &mut self,
         layer: &OutputLayer,
         operands: Operands<'_>,
-        products: &Tensor,
+        products: (&Tensor, bool),
         block: Block,
         buffers: &mut Buffers,
     ) -> Result<Tensor> {

@@ -242,7 +242,10 @@ impl<'a> Pass<'a> {
         let one_group = needed[1] && at_once(tokens, hidden, kind);
         if one_group || !self.with_gradient {
             let room = one_group
-                .then(|| Room::new(operands, layer.blocks))
+                .then(|| {
+                    let in_one_pass = layer.is_in_one_pass(operands.weight);
+                    Room::new(operands, layer.blocks, in_one_pass)
+                })
                 .transpose()?;
             let cache = room.as_ref().map(|room| Cache::new(room, layer.blocks));
             let cache = cache.transpose()?;

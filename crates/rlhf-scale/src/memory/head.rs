@@ -37,7 +37,7 @@ impl LogprobsMemory {
         let bytes = self.bytes();
         let (hidden, weight) = (self.tokens * self.hidden, self.vocab * self.hidden);
         let blocks = self.blocks(self.tokens, self.chunk_rows);
-        let (work, slope) = self.work(blocks);
+        let work = self.work(blocks, !self.frozen);
         // The sum over blocks, of 16 bits also the gradient that is returned, and a block's share unless
         // a product of our own adds it in f32.
         let copies = match bytes {
@@ -54,7 +54,7 @@ impl LogprobsMemory {
             // Forward makes the hidden states' gradients, with the weights of the tokens beside.
             return HeadMemory {
                 kept: bytes * hidden,
-                forward: work + (4 + 2 * bytes) * hidden,
+                forward: work.forward + (4 + 2 * bytes) * hidden,
                 backward: bytes * hidden,
                 ..HeadMemory::default()
             };
@@ -63,8 +63,8 @@ impl LogprobsMemory {
         HeadMemory {
             // Three numbers a token, the room of the gradient, which has logits until then, and more.
             kept: bytes * hidden + 12 * self.tokens + gradient + spare,
-            forward: work,
-            backward: work + slope + hidden_grads + self.packed(blocks),
+            forward: work.forward,
+            backward: work.backward + hidden_grads + self.packed(blocks),
             gradient,
             ..HeadMemory::default()
         }
@@ -77,10 +77,10 @@ impl LogprobsMemory {
         let one_group = at_once(self.tokens as i64, self.hidden as i64, self.kind());
         if one_group && !self.frozen {
             let blocks = self.blocks(self.tokens, self.chunk_rows);
-            let (work, slope) = self.work(blocks);
+            let work = self.work(blocks, true).most();
             return HeadMemory {
                 kept: gradient + 4 * hidden,
-                forward: self.spare(blocks) + work + slope + bytes * hidden + returned,
+                forward: self.spare(blocks) + work + bytes * hidden + returned,
                 backward: returned,
                 gradient,
                 ..HeadMemory::default()
@@ -90,7 +90,8 @@ impl LogprobsMemory {
         let rows = rows_at_once(self.tokens as i64, self.vocab as i64, chunk_rows) as u64;
         let rows = rows.min(self.tokens);
         let blocks = self.blocks(rows, None);
-        let (work, slope) = self.work(blocks);
+        // A group's logits are all kept, apart from gradients.
+        let work = self.work_beside(blocks, true, 0).most();
         let sums = if self.frozen { 0 } else { 4 * weight };
         // Of 16 bits a block's share is scaled in f32.
         let share = match bytes {
@@ -102,7 +103,7 @@ impl LogprobsMemory {
         };
         HeadMemory {
             kept: sums + 4 * hidden,
-            forward: bytes * (rows * self.vocab + hidden) + work + slope + share,
+            forward: bytes * (rows * self.vocab + hidden) + work + share,
             backward: returned + if bytes < 4 { gradient } else { 0 },
             gradient,
             ..HeadMemory::default()
@@ -116,19 +117,40 @@ impl LogprobsMemory {
 
     /// Bytes of logits that are kept beside those in the room of the weight's gradient.
     fn spare(&self, blocks: Blocks) -> u64 {
-        self.bytes() * blocks.spare_elements((self.vocab * self.hidden) as i64) as u64
+        let spare = blocks.spare_elements(self.hidden as i64, self.in_one_pass());
+        self.bytes() * spare as u64
     }
 
-    /// Bytes of the buffers of a block, and of a cap's slope.
-    fn work(&self, blocks: Blocks) -> (u64, u64) {
+    /// Whether blocks are gone through by kernels, and never copied.
+    fn in_one_pass(&self) -> bool {
+        !self.softcap && softmax::is_available(self.kind())
+    }
+
+    /// What blocks need besides those that are `kept`, in the room of the weight's gradient.
+    fn work(&self, blocks: Blocks, kept: bool) -> Work {
+        self.work_beside(blocks, kept, blocks.aside(self.hidden as i64) as u64)
+    }
+
+    /// What blocks need besides those that are `kept`, and `aside` elements if gradients take their place.
+    fn work_beside(&self, blocks: Blocks, kept: bool, aside: u64) -> Work {
         let block = blocks.elements() as u64;
-        let by_parts = self.softcap || self.kind() == Kind::Half || !softmax::is_available();
-        let wide = match by_parts {
-            true => 4 * u64::from(self.bytes() < 4) + 4 * u64::from(self.entropy),
-            false => 0,
+        let (bytes, in_one_pass) = (self.bytes(), self.in_one_pass());
+        let (forward, backward) = match (kept, in_one_pass) {
+            (false, _) => (block, block),
+            (true, true) => (0, aside),
+            // Of f32 the copy, of 16 bits the gradients that are rounded.
+            (true, false) if bytes == 4 => (block, aside),
+            (true, false) => (0, block + aside),
         };
-        let slope = if self.softcap { 4 * block } else { 0 };
-        ((self.bytes() + wide) * block, slope)
+        let wide = match in_one_pass {
+            true => 0,
+            false => 4 * u64::from(bytes < 4) + 4 * u64::from(self.entropy),
+        };
+        let slope = 4 * u64::from(self.softcap);
+        Work {
+            forward: bytes * forward + wide * block,
+            backward: bytes * backward + (wide + slope) * block,
+        }
     }
 
     /// Bytes of a block's gradient as a product of our own copies it for that of the weight: in f32,
@@ -146,5 +168,17 @@ impl LogprobsMemory {
 
     fn bytes(&self) -> u64 {
         self.kind().elt_size_in_bytes() as u64
+    }
+}
+
+/// Bytes of the buffers that blocks of logits are computed with.
+struct Work {
+    forward: u64,
+    backward: u64,
+}
+
+impl Work {
+    fn most(&self) -> u64 {
+        self.forward.max(self.backward)
     }
 }
