@@ -60,7 +60,7 @@ struct Options {
     #[arg(long, default_value_t = 8)]
     batch: usize,
     /// Peak learning rate.
-    #[arg(long, default_value_t = 5e-4)]
+    #[arg(long, default_value_t = 2e-4)]
     lr: f64,
     /// How strongly the policy is held to the reference; each loss has its own default.
     #[arg(long)]
