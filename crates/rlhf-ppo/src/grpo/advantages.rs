@@ -122,7 +122,7 @@ impl Moments {
     }
 }
 
-/// `(x − mean) / (std + ε)` of what counts, 0 of the rest.
+/// `(x − mean) / (std + ε)` of what counts, 0 of the rest, and of one that counts alone.
 pub(crate) fn whitened(values: &[f64], counted: &[bool]) -> Vec<f64> {
     let Moments { mean, std, .. } = Moments::of(values, counted);
     let scaled = |(v, counted): (&f64, &bool)| match counted {
@@ -130,14 +130,6 @@ pub(crate) fn whitened(values: &[f64], counted: &[bool]) -> Vec<f64> {
         false => 0.0,
     };
     values.iter().zip(counted).map(scaled).collect()
-}
-
-/// The same of one group of one reward: a reward that only one answer has says nothing.
-pub(crate) fn scaled_by_deviation(values: &[f64], counted: &[bool]) -> Vec<f64> {
-    match counted.iter().filter(|c| **c).count() {
-        0 | 1 => vec![0.0; values.len()],
-        _ => whitened(values, counted),
-    }
 }
 
 pub(crate) fn check_groups(answers: usize, counted: &[bool], group_size: usize) -> Result<()> {

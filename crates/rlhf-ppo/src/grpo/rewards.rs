@@ -2,7 +2,7 @@
 
 use rlhf_core::{Error, Result};
 
-use super::advantages::{check_groups, scaled_by_deviation, whitened};
+use super::advantages::{check_groups, whitened};
 
 /// What [`mixed_rewards`] returns, one for each answer.
 #[derive(Debug, Clone, PartialEq)]
@@ -54,7 +54,7 @@ pub(crate) fn normalized_sum(
             .collect();
         for start in (0..answers).step_by(group_size) {
             let rows = start..start + group_size;
-            let scaled = scaled_by_deviation(&column[rows.clone()], &present[rows.clone()]);
+            let scaled = whitened(&column[rows.clone()], &present[rows.clone()]);
             for (sum, scaled) in sums[rows].iter_mut().zip(scaled) {
                 *sum += scaled * weight;
             }
