@@ -124,7 +124,12 @@ impl ModelShape {
         );
         let feed_forward_backward = bytes
             * (fed * (hidden + branches * inner + copied) + inner * hidden)
-            + self.packing(precision, fed, if self.gated { hidden } else { inner });
+            + self.packing(
+                precision,
+                fed,
+                if self.gated { hidden } else { inner },
+                true,
+            );
         let feed_forward_kept = bytes * fed * feed_forward;
         BlockMemory {
             input: bytes * tokens.count * hidden,
@@ -252,7 +257,7 @@ impl ModelShape {
             (false, _) => 4 * hidden + 2 * inner,
         };
         let first_pass =
-            bytes * rows * prompt * row + self.packing(precision, rows * prompt, inner);
+            bytes * rows * prompt * row + self.packing(precision, rows * prompt, inner, false);
         // 16-bit logits, theirs in f32, and what sampling makes of these.
         let logits = rows * self.vocab * (bytes + 4 + 4);
         GenerationMemory {
@@ -263,13 +268,20 @@ impl ModelShape {
 
     /// Buffers that products of `rows` rows of so many elements copy their factors to, in f32: of the left one at most
     /// 1,050 rows and 832 elements at a time, of the right one half of the cache of every thread, or all of it where it is
-    /// smaller: once for every 168 rows, as long as there are threads for them.
-    fn packing(&self, precision: Precision, rows: u64, width: u64) -> u64 {
+    /// smaller: once for every 168 rows, as long as there are threads for them. Rows of f32 are read where they lie, but for
+    /// the weights' gradients.
+    fn packing(&self, precision: Precision, rows: u64, width: u64, backward: bool) -> u64 {
         if !(self.on_cpu && kernels::multiplies(precision.kind())) {
             return 0;
         }
         let threads = u64::try_from(tch::get_num_threads()).unwrap_or(1);
-        let left = rows.min(1050).next_multiple_of(14) * width.min(832);
+        let packed = |rows: u64, terms: u64| rows.min(1050).next_multiple_of(14) * terms.min(832);
+        let left = match (precision, backward) {
+            (Precision::F32, false) => 0,
+            (Precision::F32, true) => packed(width, rows),
+            (_, false) => packed(rows, width),
+            (_, true) => packed(rows, width).max(packed(width, rows)),
+        };
         let copies = (rows / 168).clamp(1, threads.max(1));
         let right = (threads * (112 << 10)).min(copies * self.hidden * self.intermediate);
         4 * (left + right)

@@ -19,10 +19,14 @@ using namespace rlhf;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// A tensor [m, n].
+// Of a tensor [m, n].
 template <class T>
-Matrix<T> matrix(const Tensor& t) {
-  return {data<T>(t), t.stride(0), t.stride(1)};
+Vectors<T> rows(const Tensor& t) {
+  return {data<T>(t), t.stride(0), t.stride(1), t.size(0)};
+}
+template <class T>
+Vectors<T> columns(const Tensor& t) {
+  return {data<T>(t), t.stride(1), t.stride(0), t.size(1)};
 }
 template <class T>
 Output<T> output(const Tensor& t, bool add = false) {
@@ -31,8 +35,9 @@ Output<T> output(const Tensor& t, bool add = false) {
 Tensor with_rows(const Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
 
 template <class T, class C>
-void multiply(Matrix<T> a, Matrix<T> b, int64_t m, int64_t n, int64_t k, const Output<C>& to) {
-  ON_PROCESSOR(multiply_all<T, C>(a, m, k, {b}, {n}, {to}));
+void multiply(const std::vector<Vectors<T>>& lefts, const std::vector<Vectors<T>>& rights, int64_t k,
+              const std::vector<Output<C>>& outputs) {
+  ON_PROCESSOR(multiply_all<T, C>(lefts, rights, k, outputs));
 }
 
 // A weight as it lies: [out, in], or [in, out].
@@ -41,15 +46,14 @@ struct Weight {
   bool out_first;
   int64_t outputs() const { return tensor.size(out_first ? 0 : 1); }
   int64_t inputs() const { return tensor.size(out_first ? 1 : 0); }
-  // [in, out]
+  // A vector for each output, or for each input.
   template <class T>
-  Matrix<T> forward() const {
-    return out_first ? matrix<T>(tensor).transposed() : matrix<T>(tensor);
+  Vectors<T> by_output() const {
+    return out_first ? rows<T>(tensor) : columns<T>(tensor);
   }
-  // [out, in]
   template <class T>
-  Matrix<T> backward() const {
-    return forward<T>().transposed();
+  Vectors<T> by_input() const {
+    return out_first ? columns<T>(tensor) : rows<T>(tensor);
   }
 };
 
@@ -74,17 +78,15 @@ struct Linears : torch::autograd::Function<Linears> {
     }
     by_kind(x, [&](auto* kind) {
       using T = std::remove_pointer_t<decltype(kind)>;
-      std::vector<Matrix<T>> factors;
-      std::vector<int64_t> widths;
+      std::vector<Vectors<T>> factors;
       std::vector<Output<T>> to;
       size_t bias = 0;
       for (size_t i = 0; i < weights.size(); i++) {
-        factors.push_back(Weight{weights[i], out_first}.forward<T>());
-        widths.push_back(outputs[i].size(1));
+        factors.push_back(Weight{weights[i], out_first}.by_output<T>());
         to.push_back(output<T>(outputs[i]));
         if (biased[i]) to.back().bias = data<T>(biases[bias++]);
       }
-      ON_PROCESSOR(multiply_all<T, T>(matrix<T>(x), x.size(0), x.size(1), factors, widths, to));
+      multiply<T, T>({rows<T>(x)}, factors, x.size(1), to);
     });
     return outputs;
   }
@@ -95,18 +97,25 @@ struct Linears : torch::autograd::Function<Linears> {
     bool out_first = context->saved_data["out_first"].toBool();
     auto saved = context->get_saved_variables();
     const Tensor& x = saved[0];
-    // x and weights; biases follow, and what has no gradient.
+    // Of x and the weights; those of biases follow, and what has no gradient.
     variable_list results(1 + count);
+    std::vector<size_t> defined, weights;
     for (size_t i = 0; i < count; i++) {
       if (!grads[i].defined()) continue;
-      by_kind(grads[i], [&](auto* kind) {
+      grads[i] = with_rows(grads[i]);
+      defined.push_back(i);
+      if (context->needs_input_grad(1 + i)) weights.push_back(i);
+    }
+    if (!defined.empty()) {
+      by_kind(grads[defined[0]], [&](auto* kind) {
         using T = std::remove_pointer_t<decltype(kind)>;
-        Tensor grad = with_rows(grads[i]);
-        if (context->needs_input_grad(0)) add_input_grad<T>(grad, Weight{saved[1 + i], out_first}, count, results[0]);
-        if (context->needs_input_grad(1 + i)) results[1 + i] = weight_grad<T>(grad, x, out_first);
+        if (context->needs_input_grad(0)) {
+          for (size_t i : defined) add_input_grad<T>(grads[i], Weight{saved[1 + i], out_first}, count, results[0]);
+          results[0] = results[0].to(grads[defined[0]].scalar_type());
+        }
+        if (!weights.empty()) weight_grads<T>(weights, grads, x, out_first, results);
       });
     }
-    if (results[0].defined()) results[0] = results[0].to(grad_kind(grads));
     for (size_t i = 0; i < count; i++) {
       if (!biased[i]) continue;
       bool needed = grads[i].defined() && context->needs_input_grad(results.size());
@@ -117,33 +126,32 @@ struct Linears : torch::autograd::Function<Linears> {
   }
 
  private:
-  static at::ScalarType grad_kind(const variable_list& grads) {
-    auto defined = std::find_if(grads.begin(), grads.end(), [](const Tensor& grad) { return grad.defined(); });
-    return defined->scalar_type();
-  }
-
   // The gradient of what all layers read, summed in f32 if there are several.
   template <class T>
   static void add_input_grad(const Tensor& grad, const Weight& weight, size_t layers, Tensor& sum) {
-    int64_t rows = grad.size(0), outputs = weight.outputs(), inputs = weight.inputs();
-    auto factor = weight.backward<T>();
     bool add = sum.defined();
     auto kind = layers > 1 ? at::kFloat : grad.scalar_type();
-    if (!add) sum = at::empty({rows, inputs}, grad.options().dtype(kind));
+    if (!add) sum = at::empty({grad.size(0), weight.inputs()}, grad.options().dtype(kind));
     if (kind == at::kFloat) {
-      multiply(matrix<T>(grad), factor, rows, inputs, outputs, output<float>(sum, add));
+      multiply<T, float>({rows<T>(grad)}, {weight.by_input<T>()}, weight.outputs(), {output<float>(sum, add)});
     } else {
-      multiply(matrix<T>(grad), factor, rows, inputs, outputs, output<T>(sum));
+      multiply<T, T>({rows<T>(grad)}, {weight.by_input<T>()}, weight.outputs(), {output<T>(sum)});
     }
   }
 
+  // Those of some weights, in one product.
   template <class T>
-  static Tensor weight_grad(const Tensor& grad, const Tensor& x, bool out_first) {
-    const Tensor &left = out_first ? grad : x, &right = out_first ? x : grad;
-    int64_t m = left.size(1), n = right.size(1), rows = grad.size(0);
-    auto result = at::empty({m, n}, grad.options());
-    multiply(matrix<T>(left).transposed(), matrix<T>(right), m, n, rows, output<T>(result));
-    return result;
+  static void weight_grads(const std::vector<size_t>& weights, const variable_list& grads, const Tensor& x,
+                           bool out_first, variable_list& results) {
+    std::vector<Vectors<T>> inputs{columns<T>(x)}, outputs;
+    std::vector<Output<T>> to;
+    for (size_t i : weights) {
+      int64_t in = x.size(1), out = grads[i].size(1);
+      auto& result = results[1 + i] = at::empty({out_first ? out : in, out_first ? in : out}, grads[i].options());
+      outputs.push_back(columns<T>(grads[i]));
+      to.push_back(output<T>(result));
+    }
+    multiply(out_first ? outputs : inputs, out_first ? inputs : outputs, x.size(0), to);
   }
 };
 
@@ -210,9 +218,9 @@ char* rlhf_multiply_into(const Tensor* out, const Tensor* a, const Tensor* b, in
     by_kind(*a, [&](auto* kind) {
       using T = std::remove_pointer_t<decltype(kind)>;
       if (in_f32) {
-        multiply(matrix<T>(*a), matrix<T>(*b), m, n, k, output<float>(*out, add != 0));
+        multiply<T, float>({rows<T>(*a)}, {columns<T>(*b)}, k, {output<float>(*out, add != 0)});
       } else {
-        multiply(matrix<T>(*a), matrix<T>(*b), m, n, k, output<T>(*out, add != 0));
+        multiply<T, T>({rows<T>(*a)}, {columns<T>(*b)}, k, {output<T>(*out, add != 0)});
       }
     });
     *done = 1;

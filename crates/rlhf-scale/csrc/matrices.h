@@ -10,14 +10,48 @@
 #ifdef RLHF_KERNELS
 namespace rlhf {
 
-// Element (i, j) is at[i * row + j * column]; f32, or bf16.
+// What products sum along: rows of a left factor, or columns of a right one. Element t of vector i is
+// at[i * apart + t * along]; f32, or bf16.
 template <class T>
-struct Matrix {
+struct Vectors {
   const T* at;
-  int64_t row, column;
-  Matrix from(int64_t i, int64_t j) const { return {at + i * row + j * column, row, column}; }
-  Matrix transposed() const { return {at, column, row}; }
+  int64_t apart, along, count;
+  Vectors part(int64_t first, int64_t some) const { return {at + first * apart, apart, along, some}; }
+  Vectors after(int64_t first) const { return part(first, count - first); }
 };
+
+template <class T>
+std::vector<Vectors<T>> from_term(std::vector<Vectors<T>> factors, int64_t term) {
+  for (auto& factor : factors) factor.at += term * factor.along;
+  return factors;
+}
+
+// Some vectors of one of several factors.
+struct Panel {
+  int64_t factor, first, count;
+};
+
+// All of theirs, `width` to a panel; the last of a factor has what is left.
+template <class T>
+std::vector<Panel> panels_of(const std::vector<Vectors<T>>& factors, int64_t width) {
+  std::vector<Panel> panels;
+  for (size_t i = 0; i < factors.size(); i++) {
+    for (int64_t first = 0; first < factors[i].count; first += width) {
+      panels.push_back({static_cast<int64_t>(i), first, std::min(width, factors[i].count - first)});
+    }
+  }
+  return panels;
+}
+
+// Whether tiles read rows where they lie: f32 side by side, in rows that do not all begin at the same place of a page, for then
+// the first cache would hold few of them at once.
+template <class T>
+bool all_lie(const std::vector<Vectors<T>>& rows) {
+  constexpr int64_t kPage = 4096;
+  return std::is_same_v<T, float> && std::all_of(rows.begin(), rows.end(), [](const Vectors<T>& factor) {
+    return factor.along == 1 && factor.apart * static_cast<int64_t>(sizeof(T)) % kPage != 0;
+  });
+}
 
 // What is made of a product: c [m, n], rows `stride` apart.
 template <class T>

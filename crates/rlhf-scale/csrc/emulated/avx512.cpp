@@ -169,12 +169,13 @@ void products() {
     auto a = random_values<T>(m * k), b = random_values<T>(k * n), bias = random_values<T>(n);
     for (bool a_turned : {false, true}) {
       for (bool b_turned : {false, true}) {
-        Matrix<T> left{a.data(), a_turned ? 1 : k, a_turned ? m : 1}, right{b.data(), b_turned ? 1 : n, b_turned ? k : 1};
+        Vectors<T> left{a.data(), a_turned ? 1 : k, a_turned ? m : 1, m};
+        Vectors<T> right{b.data(), b_turned ? k : 1, b_turned ? 1 : n, n};
         SAME("product", T, m * n, same_bits, {
           Output<T> to{out, n, false, bias.data()};
-          on::multiply_all<T, T>(left, m, k, {right}, {n}, {to});
+          on::multiply_all<T, T>({left}, {right}, k, {to});
           to = {out, n, true};
-          on::multiply_all<T, T>(left, m, k, {right}, {n}, {to});
+          on::multiply_all<T, T>({left}, {right}, k, {to});
         });
       }
     }
