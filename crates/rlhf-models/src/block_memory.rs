@@ -124,12 +124,7 @@ impl ModelShape {
         );
         let feed_forward_backward = bytes
             * (fed * (hidden + branches * inner + copied) + inner * hidden)
-            + self.packing(
-                precision,
-                fed,
-                if self.gated { hidden } else { inner },
-                true,
-            );
+            + self.packing(precision, fed, self.packed_width(), true);
         let feed_forward_kept = bytes * fed * feed_forward;
         BlockMemory {
             input: bytes * tokens.count * hidden,
@@ -165,13 +160,15 @@ impl ModelShape {
         let unkept = normalised * (tokens.count * first + fed * later);
         let (ranks, weights) = (adapters.ranks / self.layers, adapters.weights / self.layers);
         let narrow = when(bytes < 4, bytes * weights);
+        let packing = |backward| self.packing(precision, fed, self.packed_width(), backward);
         BlockMemory {
             input: block.input,
             kept: (block.kept + bytes * tokens.count * ranks + narrow).saturating_sub(unkept),
             // No gradient of a whole matrix.
             backward: block
                 .backward
-                .saturating_sub(bytes * self.intermediate * self.hidden),
+                .saturating_sub(bytes * self.intermediate * self.hidden + packing(true))
+                + packing(false),
             gradients: 4 * weights,
         }
     }
@@ -249,20 +246,39 @@ impl ModelShape {
     ) -> GenerationMemory {
         let bytes = bytes_of(precision);
         let (hidden, inner) = (self.hidden, self.intermediate);
-        // What a block's forward holds at its end: input, sum, output and norms; the feed-forward
+        // What a block's forward holds at the end of attention: input, norm, queries, keys, values, theirs
+        // turned, and what was attended. At the block's end: input, sum, output and norms; the feed-forward
         // layer; GPT-2's also its queries, keys, values and what was attended.
-        let row = match (self.gated, self.projection) {
-            (true, _) => (5 * hidden + 3 * inner).max(2 * hidden + 3 * (self.query + self.key)),
-            (false, Projection::Fused) => 4 * hidden + 2 * (self.query + self.key) + 2 * inner,
-            (false, _) => 4 * hidden + 2 * inner,
+        let (attended, whole) = match (self.gated, self.projection) {
+            (true, _) => (3 * (self.query + self.key), 3 * hidden + 3 * inner),
+            (false, Projection::Fused) => {
+                let projected = 2 * (self.query + self.key);
+                (projected, 2 * hidden + projected + 2 * inner)
+            }
+            (false, _) => (3 * (self.query + self.key), 2 * hidden + 2 * inner),
         };
-        let first_pass =
-            bytes * rows * prompt * row + self.packing(precision, rows * prompt, inner, false);
+        let packing = self.packing(precision, rows * prompt, inner, false);
+        let pass = |row: u64| bytes * rows * prompt * (2 * hidden + row) + packing;
+        let layer = 2 * bytes * rows * self.key * (prompt + new);
+        // The last block has the keys and values of all beside it, and goes on from attention with one token of
+        // each prompt.
+        let before_last = match self.layers {
+            1 => 0,
+            _ => pass(whole.max(attended)).saturating_sub(layer),
+        };
         // 16-bit logits, theirs in f32, and what sampling makes of these.
         let logits = rows * self.vocab * (bytes + 4 + 4);
         GenerationMemory {
-            kv_cache: 2 * bytes * self.layers * rows * self.key * (prompt + new),
-            working: first_pass.max(logits),
+            kv_cache: self.layers * layer,
+            working: before_last.max(pass(attended)).max(logits),
+        }
+    }
+
+    /// Elements of what the last layer of a block reads, as its products copy them.
+    fn packed_width(&self) -> u64 {
+        match self.gated {
+            true => self.hidden,
+            false => self.intermediate,
         }
     }
 

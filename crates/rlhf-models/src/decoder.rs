@@ -6,7 +6,7 @@ use rlhf_core::{Decoder, Error, PipelineStage, Result, Sequence, SequenceBatch};
 use tch::{Kind, Tensor};
 
 use crate::CausalLm;
-use crate::attention::SegmentAttention;
+use crate::attention::{RowsOfLast, SegmentAttention};
 use crate::kv_cache::{KvCache, PrefillAttention, StepAttention};
 
 /// The [`Decoder`] of a [`CausalLm`]: every token is computed once. No gradients are recorded. Of a
@@ -29,19 +29,14 @@ impl<'a> CachedDecoder<'a> {
         }
     }
 
-    /// Logits of all hidden states, or of some rows of them. They are known in the last stage, and 0
-    /// in the others, in no memory.
-    fn logits(&self, hidden: &Tensor, of: Option<&Tensor>) -> Result<Tensor> {
-        let kept = match of {
-            _ if !self.model.model.trunk.has_end() => {
-                let rows = of.map_or(self.cache.rows() as i64, |rows| rows.size()[0]);
-                let zero = Tensor::f_zeros([1, 1], (Kind::Float, hidden.device()))?;
-                return Ok(zero.f_expand([rows, self.model.config().vocab_size()], false)?);
-            }
-            Some(rows) => &hidden.f_index_select(0, rows)?,
-            None => hidden,
-        };
-        Ok(self.model.logits_of(kept)?.f_to_kind(Kind::Float)?)
+    /// Logits of the hidden states of so many rows. They are known in the last stage, and 0 in the others,
+    /// in no memory.
+    fn logits(&self, hidden: &Tensor, rows: usize) -> Result<Tensor> {
+        if !self.model.model.trunk.has_end() {
+            let zero = Tensor::f_zeros([1, 1], (Kind::Float, hidden.device()))?;
+            return Ok(zero.f_expand([rows as i64, self.model.config().vocab_size()], false)?);
+        }
+        Ok(self.model.logits_of(hidden)?.f_to_kind(Kind::Float)?)
     }
 
     /// Fails unless every row has room for one token more.
@@ -92,13 +87,19 @@ impl Decoder for CachedDecoder<'_> {
         self.cache.reserve(rows, tokens)?;
         let device = self.model.model.device();
         let packed = batch.packed_apart(device);
-        let segments = SegmentAttention::new(&packed.segments, device)?;
-        let hidden = self.model.model.trunk.forward(
+        let trunk = &self.model.model.trunk;
+        // Nothing but keys and values is wanted of the other tokens.
+        let attention = RowsOfLast {
+            segments: SegmentAttention::new(&packed.segments, device)?,
+            last: trunk.last_of_forward(),
+            rows: packed.last_rows(),
+        };
+        let hidden = trunk.forward(
             &packed.input_ids,
             &packed.position_ids,
-            &mut PrefillAttention::new(&mut self.cache, &packed.prompts, segments),
+            &mut PrefillAttention::new(&mut self.cache, &packed.prompts, attention),
         )?;
-        let logits = self.logits(&hidden, Some(&packed.last_rows()))?;
+        let logits = self.logits(&hidden, prompts.len())?;
         self.cache.add(&lengths);
         Ok(logits)
     }
@@ -129,7 +130,7 @@ impl Decoder for CachedDecoder<'_> {
             &positions,
             &mut StepAttention::new(&mut self.cache, device),
         )?;
-        let logits = self.logits(&hidden, None)?;
+        let logits = self.logits(&hidden, rows)?;
         self.cache.advance();
         Ok(logits)
     }

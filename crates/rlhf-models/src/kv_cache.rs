@@ -6,7 +6,7 @@ use rlhf_core::Result;
 use rlhf_scale::kernels::{CachedAttentionInput, cached_attention};
 use tch::{Device, Kind, Tensor};
 
-use crate::attention::{Attention, Qkv, SegmentAttention};
+use crate::attention::{Attention, Qkv, RowsOfLast};
 use crate::attention_spec::{AttentionSpec, Visible};
 
 /// Keys and values of every layer. A row's tokens fill the columns of its place from the first
@@ -135,21 +135,21 @@ fn zeros(like: &Tensor, places: i64, columns: i64) -> Result<Tensor> {
 /// The first pass over prompts, whose keys and values go behind the rows that there are.
 pub(crate) struct PrefillAttention<'a> {
     cache: &'a mut KvCache,
-    rows: &'a [Range<i64>],
-    segments: SegmentAttention,
+    prompts: &'a [Range<i64>],
+    attention: RowsOfLast,
 }
 
 impl<'a> PrefillAttention<'a> {
-    /// `rows` says where each prompt lies in the run.
+    /// `prompts` says where each lies in the run.
     pub(crate) fn new(
         cache: &'a mut KvCache,
-        rows: &'a [Range<i64>],
-        segments: SegmentAttention,
+        prompts: &'a [Range<i64>],
+        attention: RowsOfLast,
     ) -> Self {
         Self {
             cache,
-            rows,
-            segments,
+            prompts,
+            attention,
         }
     }
 }
@@ -159,7 +159,7 @@ impl Attention for PrefillAttention<'_> {
         let first = self.cache.rows() as i64;
         let (keys, values) = self.cache.layer(layer, &qkv.key)?;
         for (to, from) in [(keys, &qkv.key), (values, &qkv.value)] {
-            for (place, row) in (first..).zip(self.rows) {
+            for (place, row) in (first..).zip(self.prompts) {
                 let length = row.end - row.start;
                 let part = from.f_narrow(0, row.start, length)?;
                 to.f_select(0, place)?
@@ -167,7 +167,11 @@ impl Attention for PrefillAttention<'_> {
                     .f_copy_(&part.f_transpose(0, 1)?)?;
             }
         }
-        self.segments.attend(layer, qkv, spec)
+        self.attention.attend(layer, qkv, spec)
+    }
+
+    fn attended_rows(&self, layer: usize, x: &Tensor) -> Result<Tensor> {
+        self.attention.attended_rows(layer, x)
     }
 }
 

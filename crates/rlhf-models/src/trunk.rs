@@ -183,12 +183,7 @@ impl Trunk {
         match rows {
             None => self.forward_checkpointed(batch, &segments, checkpointing),
             Some(rows) => {
-                // Every config has at least one block.
-                let last = self.first_layer() + self.blocks.len().saturating_sub(1);
-                let last = match self.has_end() {
-                    true => last,
-                    false => usize::MAX,
-                };
+                let last = self.last_of_forward().saturating_add(self.first_layer());
                 let attention = RowsOfLast {
                     segments,
                     last,
@@ -216,6 +211,16 @@ impl Trunk {
         });
         let x = checkpointing.run(blocks.collect(), &x)?;
         self.leave(&x, pass)
+    }
+
+    /// The block after which hidden states come out, as [`forward`](Self::forward) counts them; none if
+    /// they come out in a later stage.
+    pub(crate) fn last_of_forward(&self) -> usize {
+        match self.has_end() {
+            // Every config has at least one block.
+            true => self.blocks.len().saturating_sub(1),
+            false => usize::MAX,
+        }
     }
 
     /// The number of the first block here.
