@@ -40,6 +40,8 @@ struct Pulse {
 struct Seen {
     stop: bool,
     trouble: Option<String>,
+    /// Who is gone, as another process found.
+    verdict: Option<Vec<usize>>,
     /// When the store answered last.
     answered: Instant,
 }
@@ -148,6 +150,11 @@ impl Link {
         }
     }
 
+    /// Who is gone, as another process has found.
+    fn verdict(&self) -> Option<Vec<usize>> {
+        lock(&self.pulse.as_ref()?.shared.0).verdict.clone()
+    }
+
     /// Tells the others that something is wrong, and finds out who of `ranks` is to blame. From
     /// then on the run counts as broken.
     pub(super) fn diagnose(&self, ranks: &[usize], failure: &Failure) -> Error {
@@ -170,13 +177,14 @@ impl Link {
                 let ranks: Vec<String> = silent.iter().map(usize::to_string).collect();
                 store.set(VERDICT, &ranks.join(","))?;
             }
-            store.set(&diagnosed_key(own), operation)?;
             if serves {
                 let left = |rank: &usize| *rank != own && !silent.contains(rank);
                 wait_until_diagnosed(store, (0..size).filter(left).collect())?;
             }
             let absent = |rank: &usize| !matches!(store.get(&roll_call_key(*rank)), Ok(Some(_)));
             let absent = others.into_iter().filter(absent).collect();
+            // The last question: from here on the store may end.
+            store.set(&diagnosed_key(own), operation)?;
             Ok(Verdict { silent, absent })
         });
         match verdict {
@@ -193,6 +201,12 @@ impl Link {
             Some(Ok(_)) => Error::Communication {
                 operation,
                 reason: cause,
+            },
+            // The store ended before this process asked it, but it has heard what it said.
+            Some(Err(_)) | None if self.verdict().is_some() => Error::RanksLost {
+                operation,
+                ranks: self.verdict().unwrap_or_default(),
+                reason: format!("as another rank found ({cause})"),
             },
             // Rank 0 keeps the store, and that is gone.
             Some(Err(_)) | None if self.rendezvous.store == StoreHost::FirstRank && own != 0 => {
@@ -242,11 +256,8 @@ fn silent(store: &Store, ranks: &[usize]) -> Result<Vec<usize>> {
     let start = Instant::now();
     while !first.is_empty() && start.elapsed() < SILENCE {
         thread::sleep(BEAT / 5);
-        if let Some(verdict) = store.get(VERDICT)? {
-            return Ok(verdict
-                .split(',')
-                .filter_map(|rank| rank.parse().ok())
-                .collect());
+        if let Some(verdict) = verdict_in(store)? {
+            return Ok(verdict);
         }
         let mut still = Vec::with_capacity(first.len());
         for (rank, beat) in first {
@@ -257,6 +268,17 @@ fn silent(store: &Store, ranks: &[usize]) -> Result<Vec<usize>> {
         first = still;
     }
     Ok(first.into_iter().map(|(rank, _)| rank).collect())
+}
+
+/// Who is gone, if a process has found that out.
+fn verdict_in(store: &Store) -> Result<Option<Vec<usize>>> {
+    let ranks = |verdict: String| {
+        verdict
+            .split(',')
+            .filter_map(|rank| rank.parse().ok())
+            .collect()
+    };
+    Ok(store.get(VERDICT)?.map(ranks))
 }
 
 /// The process that keeps the store must not end before the others have asked it; but it does not wait
@@ -283,6 +305,7 @@ impl Pulse {
         let seen = Seen {
             stop: false,
             trouble: None,
+            verdict: None,
             answered: Instant::now(),
         };
         let shared = Arc::new((Mutex::new(seen), Condvar::new()));
@@ -298,8 +321,11 @@ impl Pulse {
                 let Ok(trouble) = beat.and_then(|()| store.get(TROUBLE)) else {
                     return; // the store is gone: `answered` grows old
                 };
+                // The store may be gone by the time that this process asks it.
+                let verdict = trouble.as_ref().and_then(|_| verdict_in(&store).ok()?);
                 let mut seen = lock(seen);
                 seen.trouble = trouble;
+                seen.verdict = verdict;
                 seen.answered = Instant::now();
             }
         };
