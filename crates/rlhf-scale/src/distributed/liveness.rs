@@ -325,7 +325,7 @@ impl Pulse {
                 let verdict = trouble.as_ref().and_then(|_| verdict_in(&store).ok()?);
                 let mut seen = lock(seen);
                 seen.trouble = trouble;
-                seen.verdict = verdict;
+                seen.verdict = verdict.or(seen.verdict.take());
                 seen.answered = Instant::now();
             }
         };
